@@ -1,0 +1,1 @@
+"""The `esft` command: one thin command a file, argument -> library call -> printing."""

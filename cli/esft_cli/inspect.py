@@ -1,0 +1,52 @@
+"""`esft inspect MODEL`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esft_cli import output
+
+
+def inspect(model: output.Model, json: output.Json = False) -> None:
+    """Show a model's MoE anatomy: layers, experts, top-k, shared experts, sizes.
+
+    Reads the configuration only, so it is quick for a checkpoint of any size.
+    """
+    import esft
+
+    found = esft.inspect(model)
+    if json:
+        output.print_json(found.to_dict())
+        return
+    first = found.layers[0]
+    layers = output.table(found.model_type, "", "")
+    for name, value in (
+        ("architecture", found.architecture),
+        ("MoE layers", f"{len(found.layers)} (layers {_ranges([x.index for x in found.layers])})"),
+        ("experts per layer", _each(layer.num_experts for layer in found.layers)),
+        ("experts per token", _each(layer.top_k for layer in found.layers)),
+        ("shared experts", "yes" if first.shared else "none"),
+        ("router", _each(layer.scoring for layer in found.layers)),
+        ("parameters", output.count(found.total)),
+        ("  in routed experts", f"{output.count(found.routed)} ({output.share(found.routed / found.total)})"),
+        ("  in shared experts", output.count(found.shared)),
+        ("  in one routed expert", output.count(found.per_expert)),
+    ):
+        layers.add_row(name, str(value))
+    output.console().print(layers)
+
+
+def _each(values: Any) -> str:
+    """List the distinct values in order: layers may differ."""
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write 1, 2, 3, 5 as 1-3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,74 @@
+"""The command's entry: the list of verbs, and how errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from esft_cli import (
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    profile,
+    scores,
+    select,
+    train,
+    verify,
+)
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="esft",
+    help="Specialise a Mixture-of-Experts language model by training only the experts a task uses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("inspect")(inspect.inspect)
+app.command("profile")(profile.profile)
+app.command("select")(select.select)
+app.command("train")(train.train)
+app.command("merge")(merge.merge)
+app.command("verify")(verify.verify)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.add_typer(scores.app, name="scores")
+
+
+def run() -> None:
+    """Run the command line. Exit codes: 0 done, 1 the input is at fault, 2 usage, 3 a check failed.
+
+    Errors of the user's are one line on stderr; `ESFT_TRACEBACK=1` shows where they were raised.
+    """
+    _quiet_libraries()
+    from esft.errors import EsftError
+
+    try:
+        app()
+    except EsftError as error:
+        if os.environ.get("ESFT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `esft ... | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _quiet_libraries() -> None:
+    # Before torch is imported: OpenMP threads that spin while waiting make two processes on two
+    # cores tens of times slower than one thread each.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # esft reports progress and errors itself.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,79 @@
+"""What commands print: tables for people on stdout, or one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from esft.progress import ConsoleReporter, Reporter
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout; the rest goes to stderr.")
+]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub id, or tiny-moe.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.", metavar="NAME")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; auto: float32 on a CPU, the checkpoint's on a "
+        "GPU.",
+        metavar="NAME",
+    ),
+]
+
+
+def reporter() -> Reporter:
+    """Return what shows progress and notes on stderr."""
+    return ConsoleReporter()
+
+
+def console() -> Console:
+    """Return a console on stdout; without a terminal it prints plain text, unwrapped."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=120)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def table(title: str, *columns: str) -> Table:
+    """Return an empty table; columns whose name ends in `>` are right-aligned numbers."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        right = column.endswith(">")
+        result.add_column(column.removesuffix(">"), justify="right" if right else "left")
+    return result
+
+
+def count(number: int | None) -> str:
+    """Format a count: 12,345, or `?` where unknown."""
+    return "?" if number is None else f"{number:,}"
+
+
+def size(bytes_: int | None) -> str:
+    """Format bytes with a decimal unit: 1.2 MB, or `?` where unknown."""
+    if bytes_ is None:
+        return "?"
+    value = float(bytes_)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def share(part: float | None) -> str:
+    """Format a share as a percentage: 6.6 %, or `?` where unknown."""
+    return "?" if part is None else f"{100 * part:.1f} %"

@@ -1,0 +1,54 @@
+"""esft: Expert-Specialized Fine-Tuning for Mixture-of-Experts language models.
+
+Each verb of the command line is a function here. Names are imported when first used, so that
+`import esft` and `esft --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Modules have other names than the functions in them (`training`, `train`): importing a module
+# binds its name in the package, which would hide a function of the same name.
+_HOME = {
+    "EsftError": "esft.errors",
+    "Scores": "esft.scores",
+    "Selection": "esft.selection",
+    "attach": "esft.experts",
+    "detach": "esft.experts",
+    "evaluate": "esft.evaluation",
+    "generate": "esft.generation",
+    "inspect": "esft.moe",
+    "merge": "esft.merging",
+    "profile": "esft.profiling",
+    "select": "esft.selection",
+    "train": "esft.training",
+    "verify": "esft.merging",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from esft.errors import EsftError
+    from esft.evaluation import evaluate
+    from esft.experts import attach, detach
+    from esft.generation import generate
+    from esft.merging import merge, verify
+    from esft.moe import inspect
+    from esft.profiling import profile
+    from esft.scores import Scores
+    from esft.selection import Selection, select
+    from esft.training import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'esft' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

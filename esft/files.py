@@ -1,0 +1,173 @@
+"""The one module that writes files: whole or not at all.
+
+A file is written under a temporary name beside its place, synced to disk and renamed; a folder is
+filled under a temporary name and renamed when complete. A reader never sees half of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from esft.errors import EsftError, OutputError
+
+_CHUNK = 1 << 22  # bytes read at a time
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes, reading 4 MiB at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def to_json(value: Any) -> str:
+    """Serialise `value`: two spaces of indent, non-ASCII letters kept, newline at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """Read a JSON file.
+
+    Raises:
+        EsftError: the file is missing, is not UTF-8 or is not JSON; the message says where.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EsftError(f"{path}: no such {what}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise EsftError(f"{path}: cannot read this {what}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise EsftError(f"{path}: this {what} is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise EsftError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically. See `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, atomically. See `write_bytes`."""
+    write_text(path, to_json(value))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically, making missing parent folders.
+
+    Raises:
+        OutputError: the disk is full, the folder is read-only, or the like; `path` is as before.
+    """
+    path = Path(path)
+    with explain_write_errors(path, needed=len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    Everything in it is synced before the rename, so `path` either does not exist or is complete.
+
+    Args:
+        path: where the folder is to appear.
+        replace: whether an existing `path` may be replaced; an empty folder always may.
+
+    Raises:
+        OutputError: `path` exists, or the disk is full or read-only.
+    """
+    path = Path(path)
+    refuse_existing(path, replace=replace)
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            for item in sorted(temporary.rglob("*")):
+                if item.is_file():
+                    sync_file(item)
+            os.chmod(temporary, 0o777 & ~_umask())
+            if path.is_dir():
+                retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                os.replace(path, retired)
+                os.replace(temporary, path)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(path.parent)
+
+
+def refuse_existing(path: Path, *, replace: bool = False) -> None:
+    """Raise OutputError if `path` is a file, or a folder with content that may not be replaced."""
+    if path.is_dir():
+        if not replace and any(path.iterdir()):
+            raise OutputError(f"{path}: the folder exists and is not empty; choose another --out")
+    elif path.exists() or path.is_symlink():
+        raise OutputError(f"{path}: a file is in the way; choose another --out")
+
+
+@contextlib.contextmanager
+def explain_write_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the operating system's write errors inside the block into an OutputError.
+
+    Args:
+        path: what was being written; named in the message.
+        needed: bytes that the write needs, where known; named if the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = "" if needed is None else f" ({needed:,} bytes needed)"
+            raise OutputError(f"{path}: no space left on the disk{size}; nothing kept") from error
+        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's entries are on disk, where the system can (not on Windows)."""
+    with contextlib.suppress(OSError):
+        sync_file(path)
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it; mkstemp makes files that only the owner can read.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
