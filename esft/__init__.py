@@ -29,7 +29,7 @@ _HOME = {
     "verify": "esft.merging",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from esft.errors import EsftError

@@ -28,7 +28,10 @@ def inspect(model: output.Model, json: output.Json = False) -> None:
         ("shared experts", "yes" if first.shared else "none"),
         ("router", _each(layer.scoring for layer in found.layers)),
         ("parameters", output.count(found.total)),
-        ("  in routed experts", f"{output.count(found.routed)} ({output.share(found.routed / found.total)})"),
+        (
+            "  in routed experts",
+            f"{output.count(found.routed)} ({output.share(found.routed / found.total)})",
+        ),
         ("  in shared experts", output.count(found.shared)),
         ("  in one routed expert", output.count(found.per_expert)),
     ):

@@ -50,7 +50,9 @@ def print_json(value: Any) -> None:
 
 def table(title: str, *columns: str) -> Table:
     """Return an empty table; columns whose name ends in `>` are right-aligned numbers."""
-    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    result = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for column in columns:
         right = column.endswith(">")
         result.add_column(column.removesuffix(">"), justify="right" if right else "left")

@@ -1,0 +1,166 @@
+"""`moe_mlp` against the one-expert-at-a-time oracle in float64, and against autograd on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from esft_kernels import ExpertBank, Projection, moe_mlp, naive
+from esft_kernels.bank import frozen_ids, slot_map
+from torch import Tensor
+from torch.nn import functional as F
+
+E, H, I = 6, 16, 8  # noqa: E741
+
+
+def swiglu(z: Tensor) -> Tensor:
+    gate, up = z.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def interleaved(z: Tensor) -> Tensor:
+    gate, up = z[..., ::2], z[..., 1::2]
+    return (up + 1) * gate * torch.sigmoid(1.7 * gate)
+
+
+def make_bank(
+    selected: list[int],
+    *,
+    dtype: torch.dtype = torch.float64,
+    transposed: bool = False,
+    bias: bool = False,
+    inner: int = I,
+    param_dtype: torch.dtype | None = None,
+) -> ExpertBank:
+    generator = torch.Generator().manual_seed(1)
+    rest = frozen_ids(selected, E)
+
+    def projection(rows: int, columns: int) -> Projection:
+        shape = (E, columns, rows) if transposed else (E, rows, columns)
+        weight = torch.randn(shape, generator=generator, dtype=torch.float64) / columns**0.5
+        shift = torch.randn((E, rows), generator=generator, dtype=torch.float64) if bias else None
+        own = param_dtype or dtype
+        return Projection(
+            weight[selected].to(own).requires_grad_(),
+            weight[rest].to(dtype),
+            transposed,
+            None if shift is None else shift[selected].to(own).requires_grad_(),
+            None if shift is None else shift[rest].to(dtype),
+        )
+
+    return ExpertBank(
+        up=projection(2 * inner, H),
+        down=projection(H, inner),
+        slot=slot_map(selected, E),
+        activation=interleaved if bias else swiglu,
+    )
+
+
+def inputs(tokens: int, k: int, dtype: torch.dtype, only: int | None = None) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tokens, H, generator=generator, dtype=torch.float64)
+    scores = torch.rand(tokens, E, generator=generator, dtype=torch.float64)
+    scores[:, 4] = 0  # an expert that nobody chooses, unless K is E
+    weight, index = scores.topk(k)
+    if only is not None:
+        index = torch.full_like(index, only)
+    return [x.to(dtype).requires_grad_(), index, weight.to(dtype).requires_grad_()]
+
+
+def leaves(bank: ExpertBank) -> list[Tensor]:
+    both = (bank.up, bank.down)
+    found = [p.trainable for p in both] + [p.trainable_bias for p in both]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def run(fn, args: list[Tensor], bank: ExpertBank) -> tuple[Tensor, list[Tensor]]:
+    out = fn(*args, bank)
+    direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    wanted = [args[0], args[2], *leaves(bank)]
+    grads = torch.autograd.grad((out * direction).sum(), wanted, allow_unused=True)
+    return out, [
+        torch.zeros_like(leaf) if grad is None else grad
+        for leaf, grad in zip(wanted, grads, strict=True)
+    ]
+
+
+def error(value: Tensor, reference: Tensor) -> float:
+    scale = reference.detach().norm().clamp_min(1e-12)
+    return float((value.detach().double() - reference.detach()).norm() / scale)
+
+
+@pytest.mark.parametrize("selected", [[], [3], [5, 0, 4], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_matches_oracle(selected, transposed, bias, dtype, bound):
+    reference_bank = make_bank(selected, transposed=transposed, bias=bias)
+    reference = run(naive.moe_mlp, inputs(33, 2, torch.float64), reference_bank)
+    bank = make_bank(selected, transposed=transposed, bias=bias, dtype=dtype)
+    out, grads = run(moe_mlp, inputs(33, 2, dtype), bank)
+    assert error(out, reference[0]) < bound
+    for grad, expected in zip(grads, reference[1], strict=True):
+        assert error(grad, expected) < bound
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "only"), [(1, 1, None), (1, E, None), (40, 1, 0), (40, 2, 5), (7, E, None)]
+)
+def test_odd_routings(tokens, k, only):
+    reference = run(naive.moe_mlp, inputs(tokens, k, torch.float64, only), make_bank([0, 3]))
+    bank = make_bank([0, 3], dtype=torch.float32)
+    out, grads = run(moe_mlp, inputs(tokens, k, torch.float32, only), bank)
+    assert error(out, reference[0]) < 1e-5
+    for grad, expected in zip(grads, reference[1], strict=True):
+        assert error(grad, expected) < 1e-5
+
+
+def test_inner_size_that_grouped_mm_refuses():
+    reference = run(naive.moe_mlp, inputs(20, 2, torch.float64), make_bank([1], inner=5))
+    out, grads = run(
+        moe_mlp, inputs(20, 2, torch.float32), make_bank([1], inner=5, dtype=torch.float32)
+    )
+    assert error(out, reference[0]) < 1e-5
+    assert all(error(g, r) < 1e-5 for g, r in zip(grads, reference[1], strict=True))
+
+
+def test_bf16_compute_with_fp32_parameters():
+    reference = run(naive.moe_mlp, inputs(64, 2, torch.float64), make_bank([2, 1]))
+    bank = make_bank([2, 1], dtype=torch.bfloat16, param_dtype=torch.float32)
+    out, grads = run(moe_mlp, inputs(64, 2, torch.bfloat16), bank)
+    assert out.dtype == torch.bfloat16
+    assert [grad.dtype for grad in grads[2:]] == [torch.float32, torch.float32]
+    assert error(out, reference[0]) < 2e-2
+    assert all(error(g, r) < 2e-2 for g, r in zip(grads, reference[1], strict=True))
+
+
+def test_gradcheck():
+    bank = make_bank([4, 1], bias=True)
+    x, index, weight = inputs(5, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: moe_mlp(a, index, b, bank), (x, weight))
+
+
+def test_two_runs_give_the_same_bits():
+    first = run(moe_mlp, inputs(50, 2, torch.float32), make_bank([1, 2], dtype=torch.float32))
+    again = run(moe_mlp, inputs(50, 2, torch.float32), make_bank([1, 2], dtype=torch.float32))
+    assert torch.equal(first[0], again[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+@pytest.mark.parametrize("flows", [True, False])
+def test_saves_no_frozen_weight_and_no_expert_output(flows):
+    """The budget of design.md: x, z and the gates; without a gradient to pass on, z of n rows."""
+    bank = make_bank([1, 2], dtype=torch.float32)
+    x, index, weight = inputs(50, 2, torch.float32)
+    if not flows:
+        x, weight = x.detach(), weight.detach()
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        moe_mlp(x, index, weight, bank)
+    selected_rows = int(((index == 1) | (index == 2)).sum())
+    rows = index.numel() if flows else selected_rows
+    assert sum(tensor.numel() for tensor in saved) == x.numel() + weight.numel() + rows * 2 * I
