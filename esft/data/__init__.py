@@ -1,0 +1,1 @@
+"""Task sets: rows from JSONL, tokens and masks, packing and sampling."""
