@@ -210,7 +210,8 @@ def _official_layers(value: Mapping[str, Any], where: str) -> dict[int, LayerSco
         sizes = [len(table.get(index, [])) for table in (token, gate)]
         if sizes[0] != sizes[1]:
             raise SelectionError(
-                f"{where}: layer {index}: token_scores has {sizes[0]} experts, gate_scores {sizes[1]}"
+                f"{where}: layer {index}: token_scores has {sizes[0]} experts, "
+                f"gate_scores {sizes[1]}"
             )
     layers = {
         index: LayerScores(len(token[index]), None, None, token[index], gate[index])
