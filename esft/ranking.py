@@ -95,7 +95,7 @@ def affordable(budget: Budget, model: Mapping[str, Any]) -> int:
             )
         return int(model[key])
 
-    expert, limit = float(size_of("expert_parameters")), budget.amount
+    expert, limit = size_of("expert_parameters"), budget.amount
     if budget.unit == "share":
         limit *= size_of("parameters")
     elif budget.unit == "bytes":
@@ -103,8 +103,8 @@ def affordable(budget: Budget, model: Mapping[str, Any]) -> int:
     if limit < expert:
         unit = "bytes" if budget.unit == "bytes" else "parameters"
         raise SelectionError(
-            f"--budget {budget.text} selects nothing: one expert has {expert:,.0f} {unit} and "
-            f"the budget is {limit:,.0f}"
+            f"--budget {budget.text} selects nothing: one expert has {expert:,} {unit} and "
+            f"the budget is {int(limit):,}"
         )
     return int(limit // expert)
 

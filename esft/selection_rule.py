@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from esft.errors import SelectionError, nearest
@@ -36,7 +37,7 @@ class Budget:
         text: as the user wrote it.
     """
 
-    amount: float
+    amount: Fraction
     unit: str
     text: str
 
@@ -130,7 +131,7 @@ def parse_budget(value: str | int) -> Budget:
             f"--budget {text}: expected a share of the model (5%), bytes of the delta (500MB) or "
             f"a number of parameters (1_000_000)"
         )
-    number, unit = float(re.sub("[_,]", "", match[1])), match[2] or ""
+    number, unit = Fraction(re.sub("[_,]", "", match[1])), match[2] or ""
     if number <= 0 or (unit == "%" and number > 100):
         raise SelectionError(f"--budget {text}: must be above 0 and at most 100%")
     if unit == "%":
