@@ -1,0 +1,192 @@
+"""Examples to what a trainer draws: packed blocks or padded batches; and samples of a set size."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from esft.data.encode import Example, fit, shorten
+from esft.errors import DataError
+from esft.progress import SILENT, Reporter
+
+LossOn = Literal["completion", "all"]
+Item = dict[str, list[int]]
+
+IGNORED = -100  # the label that torch's cross entropy and transformers' losses skip
+
+
+class TrainSet(Dataset[Item]):
+    """Items for a torch data loader; `collate` makes batches of them.
+
+    Each item maps `input_ids` and `labels`, packed also `position_ids`, to lists of one length.
+    A label stands at the place of its token (transformers' losses shift them) and is `IGNORED`
+    where there is nothing to learn.
+
+    Attributes:
+        packed: whether an item is a block of several rows.
+        rows: how many rows are in the set.
+        tokens: how many tokens these rows have; padding does not count.
+        supervised: how many tokens have a label.
+    """
+
+    def __init__(self, items: Sequence[Item], *, packed: bool, rows: int, tokens: int) -> None:
+        self._items = items
+        self.packed = packed
+        self.rows = rows
+        self.tokens = tokens
+        self.supervised = sum(label != IGNORED for item in items for label in item["labels"])
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._items[index]
+
+
+def pack(
+    examples: Sequence[Example],
+    max_length: int,
+    *,
+    pad_id: int,
+    loss_on: LossOn = "completion",
+    reporter: Reporter = SILENT,
+) -> TrainSet:
+    """Pack examples into blocks of exactly `max_length` tokens.
+
+    In the order given: an example goes into the current block if it fits there whole, else it
+    starts the next. (Fuller blocks, as by first-fit-decreasing, would reorder the data.)
+    `position_ids` restart at 0 with every example. Without an attention mask, transformers reads
+    from them which tokens may see each other, so that a packed example gets the loss it has
+    alone. The padding at the end of a block is a document of its own, without labels.
+
+    Args:
+        examples: from `encode_rows`.
+        max_length: tokens a block.
+        pad_id: any token id; it is recognised by its place, never by its value.
+        loss_on: whether answers have labels, or `all` tokens.
+        reporter: told about examples that do not fit; see `fit`.
+
+    Raises:
+        DataError: not one example fits.
+    """
+    kept = fit(examples, max_length, reporter=reporter)
+    blocks: list[Item] = []
+    room = 0
+    for example in kept:
+        length = len(example.input_ids)
+        if length > room:
+            blocks.append({"input_ids": [], "labels": [], "position_ids": []})
+            room = max_length
+        blocks[-1]["input_ids"] += example.input_ids
+        blocks[-1]["labels"] += _labels(example, loss_on)
+        blocks[-1]["position_ids"] += range(length)
+        room -= length
+    for block in blocks:
+        missing = max_length - len(block["input_ids"])
+        block["input_ids"] += [pad_id] * missing
+        block["labels"] += [IGNORED] * missing
+        block["position_ids"] += range(missing)
+    return TrainSet(blocks, packed=True, rows=len(kept), tokens=_tokens(kept))
+
+
+def separate(
+    examples: Sequence[Example],
+    max_length: int,
+    *,
+    loss_on: LossOn = "completion",
+    reporter: Reporter = SILENT,
+) -> TrainSet:
+    """Keep examples apart, one an item; `collate` pads them to the longest of a batch.
+
+    Args and errors as for `pack`.
+    """
+    kept = fit(examples, max_length, reporter=reporter)
+    items = [{"input_ids": e.input_ids, "labels": _labels(e, loss_on)} for e in kept]
+    return TrainSet(items, packed=False, rows=len(kept), tokens=_tokens(kept))
+
+
+def collate(items: Sequence[Item], *, pad_id: int = 0) -> dict[str, Any]:
+    """Make a batch of a `TrainSet`'s items.
+
+    Args:
+        items: B items, all packed or all separate.
+        pad_id: any token id; what is padding follows from the lengths, so it may equal EOS.
+
+    Returns:
+        Keyword arguments of a transformers model: `input_ids` and `labels` [B, S], int64, with
+        `position_ids` [B, S] if packed, else with `attention_mask` [B, S]; padded on the right.
+        `use_cache` is False: given a cache, transformers does not look for packed examples.
+    """
+    if "position_ids" in items[0]:
+        keys = ("input_ids", "labels", "position_ids")
+        return {key: torch.tensor([item[key] for item in items]) for key in keys} | {
+            "use_cache": False
+        }
+    longest = max(len(item["input_ids"]) for item in items)
+
+    def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+    ids = [item["input_ids"] for item in items]
+    return {
+        "input_ids": padded(ids, pad_id),
+        "labels": padded([item["labels"] for item in items], IGNORED),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "use_cache": False,
+    }
+
+
+def sample(
+    examples: Sequence[Example], tokens: int, seed: int, *, seq_len: int | None = None
+) -> list[Example]:
+    """Draw examples until they have `tokens` tokens together.
+
+    The examples are shuffled and taken whole; the last is cut so that the sum is exact. Fewer
+    tokens come back only if all examples together have fewer.
+
+    Args:
+        examples: from `encode_rows`.
+        tokens: the budget.
+        seed: of the order; the same seed and examples give the same sample.
+        seq_len: cut longer examples to this many tokens.
+
+    Raises:
+        DataError: the budget or `seq_len` is not positive, or there are no examples.
+    """
+    if tokens < 1:
+        raise DataError(f"a sample of {tokens} tokens: expected at least 1")
+    if seq_len is not None and seq_len < 1:
+        raise DataError(f"a sequence length of {seq_len}: expected at least 1")
+    if not examples:
+        raise DataError("no rows to take a sample from")
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    drawn: list[Example] = []
+    left = tokens
+    for index in order:
+        if not left:
+            break
+        example = examples[index]
+        length = min(len(example.input_ids), seq_len or left, left)
+        drawn.append(shorten(example, length))
+        left -= length
+    return drawn
+
+
+def _labels(example: Example, loss_on: LossOn) -> list[int]:
+    labels = [
+        token if loss_on == "all" or answer else IGNORED
+        for token, answer in zip(example.input_ids, example.completion, strict=True)
+    ]
+    # Nothing before it predicts a document's first token; in a block, that would be the last
+    # token of the document before.
+    labels[0] = IGNORED
+    return labels
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
