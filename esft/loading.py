@@ -75,16 +75,18 @@ def pick_device(device: str | None = None) -> torch.device:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     """Return the dtype to load weights in.
 
-    `auto` means the checkpoint's own dtype on a GPU and float32 on a CPU, where half precision
-    is slow on most machines.
+    `checkpoint` means the checkpoint's own dtype; `auto` means that on a GPU, and float32 on a
+    CPU, where half precision is slow on most machines.
 
     Raises:
-        ModelError: `dtype` is not one of `auto`, `float32`, `bfloat16`, `float16`.
+        ModelError: `dtype` is not one of these, `float32`, `bfloat16` or `float16`.
     """
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
+        dtype = "float32" if device.type == "cpu" else "checkpoint"
+    if dtype == "checkpoint":
+        return "auto"
     if dtype not in DTYPES:
-        raise ModelError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
+        raise ModelError(f"--dtype {dtype}: choose one of auto, checkpoint, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 

@@ -49,6 +49,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "mixtral": {"intermediate_size": INNER, "num_local_experts": EXPERTS},
+    # Not among `FAMILIES`: layouts that differ on disk (fused) or in memory (transposed, biases).
+    "gpt_oss": {"head_dim": 16, "intermediate_size": INNER, "num_local_experts": EXPERTS},
+    "granitemoe": {"intermediate_size": INNER, "num_local_experts": EXPERTS},
     "olmoe": {"intermediate_size": INNER, "num_experts": EXPERTS, "norm_topk_prob": False},
 }
 

@@ -1,0 +1,218 @@
+"""Attach a selection to a model: each layer's experts in two banks, behind the experts interface.
+
+The selected experts become small parameters of their own, in fp32, and everything else is frozen.
+No gradient, gradient buffer or optimizer state of another expert can then exist, because there is
+no parameter that could hold it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from esft_kernels import ExpertBank, Projection, moe_mlp
+from esft_kernels.bank import frozen_ids, slot_map
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
+
+from esft.errors import ModelError, SelectionError
+from esft.moe import MoeLayer, moe_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from esft.selection import Selection
+
+IMPLEMENTATION = "esft"
+
+
+class AttachedExperts(nn.Module):
+    """A layer's stacked expert weights, split by a selection. Lives at `experts.esft`.
+
+    Attributes:
+        selected: ids of the n experts that train, in the selection's order.
+        trainable: name of the stacked parameter -> `[n, ...]`, the only ones with a gradient.
+        frozen: name of the stacked parameter -> `[E - n, ...]`, by ascending id.
+        slot: `[E]` int64, see `esft_kernels.ExpertBank`.
+    """
+
+    slot: Tensor
+
+    def __init__(
+        self, stacked: dict[str, Tensor], selected: list[int], param_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        first = next(iter(stacked.values()))
+        num_experts, device = first.shape[0], first.device
+        self.selected = list(selected)
+        chosen = torch.tensor(selected, dtype=torch.int64, device=device)
+        rest = torch.tensor(frozen_ids(selected, num_experts), dtype=torch.int64, device=device)
+        self.trainable = nn.ParameterDict()
+        self.frozen = nn.ParameterDict()
+        for name, weight in stacked.items():
+            weight = weight.detach()
+            # A layer without a selected expert keeps its stack as it is, uncopied.
+            frozen = weight.index_select(0, rest) if selected else weight
+            trainable = weight.index_select(0, chosen).to(param_dtype)
+            self.trainable[name] = nn.Parameter(trainable, requires_grad=bool(selected))
+            self.frozen[name] = nn.Parameter(frozen, requires_grad=False)
+        slot = slot_map(selected, num_experts, device)
+        self.register_buffer("slot", slot, persistent=False)
+
+    def stacked(self, name: str) -> Tensor:
+        """Return one stack in the experts' own order and the frozen bank's dtype: `[E, ...]`."""
+        frozen = self.frozen[name].detach()
+        trained = self.trainable[name].detach().to(frozen.dtype)
+        return torch.cat([trained, frozen]).index_select(0, self.slot)
+
+    def bank(self, experts: nn.Module) -> ExpertBank:
+        """Return the banks as `moe_mlp` takes them, with the layout flags of the experts module."""
+        gated = bool(experts.has_gate)
+        transposed = bool(experts.is_transposed)
+        return ExpertBank(
+            up=self._projection("gate_up_proj" if gated else "up_proj", transposed),
+            down=self._projection("down_proj", transposed),
+            slot=self.slot,
+            activation=experts._apply_gate if gated else experts.act_fn,  # type: ignore[arg-type]
+        )
+
+    def _projection(self, name: str, transposed: bool) -> Projection:
+        bias = f"{name}_bias"
+        return Projection(
+            self.trainable[name],
+            self.frozen[name],
+            transposed,
+            self.trainable.get(bias),
+            self.frozen.get(bias),
+        )
+
+
+def _experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run an experts module that has a selection attached. Signature of the experts interface."""
+    attached: AttachedExperts = self.esft  # type: ignore[assignment]
+    return moe_mlp(hidden_states, top_k_index, top_k_weights, attached.bank(self))
+
+
+ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+
+
+@dataclass(frozen=True)
+class AttachedLayer:
+    """An MoE layer and the banks attached to it."""
+
+    layer: MoeLayer
+    banks: AttachedExperts
+
+
+def attach(
+    model: PreTrainedModel, selection: Selection, *, param_dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Make a model train the selected experts and nothing else. Changes the model in place.
+
+    Every parameter is frozen; in each MoE layer the selected experts move into a trainable bank
+    `[n, ...]` and the others into a frozen one. Gradients still flow through the frozen experts
+    and the gate values to earlier layers.
+
+    Args:
+        model: a model with routed experts, with no selection attached yet.
+        selection: which experts train, by the model's own layer index.
+        param_dtype: of the trainable bank. float32 keeps updates that bf16 would round away.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ModelError: the model is dense or not supported, or has a selection attached already.
+        SelectionError: the selection names a layer or an expert that the model does not have.
+    """
+    layers = moe_layers(model)
+    if any(hasattr(layer.experts, "esft") for layer in layers):
+        raise ModelError("this model has a selection attached already; detach it first")
+    if selection.shared_experts or selection.non_expert_modules:
+        raise SelectionError(
+            "shared_experts and non_expert_modules of a selection cannot be trained yet; "
+            "set both to false"
+        )
+    selection.check_against({layer.index: layer.num_experts for layer in layers})
+    for layer in layers:
+        _refuse_unsupported(layer)
+    model.requires_grad_(False)
+    for layer in layers:
+        _attach_layer(layer, selection.experts.get(layer.index, []), param_dtype)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Put the trained experts back into the stacked parameters. Changes the model in place.
+
+    The trainable bank is rounded to the dtype of the frozen one. What comes out is an ordinary
+    transformers model, all of its parameters frozen.
+
+    Raises:
+        ModelError: no selection is attached.
+    """
+    for attached in attached_layers(model):
+        experts = attached.layer.experts
+        for name in list(attached.banks.frozen):
+            weight = nn.Parameter(attached.banks.stacked(name), requires_grad=False)
+            experts.register_parameter(name, weight)
+        experts.config = attached.banks.original_config  # type: ignore[assignment]
+        del experts.esft
+    return model
+
+
+def attached_layers(model: nn.Module) -> list[AttachedLayer]:
+    """Return the MoE layers with their banks, by ascending index.
+
+    Raises:
+        ModelError: no selection is attached.
+    """
+    found = [
+        AttachedLayer(layer, layer.experts.esft)  # type: ignore[arg-type]
+        for layer in moe_layers(model)
+        if hasattr(layer.experts, "esft")
+    ]
+    if not found:
+        raise ModelError("no selection is attached to this model")
+    return found
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of everything that trains."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def _refuse_unsupported(layer: MoeLayer) -> None:
+    experts = layer.experts
+    if getattr(experts, "has_post_expert_norm", False):
+        raise ModelError(f"{layer.name}: experts with a norm after them are not supported yet")
+    if getattr(experts, "_is_expert_parallel", False):
+        raise ModelError(f"{layer.name}: expert parallelism is not supported yet")
+    for name, weight in experts.named_parameters(recurse=False):
+        if weight.shape[0] != layer.num_experts or not weight.is_floating_point():
+            raise ModelError(
+                f"{layer.name}.{name}: not a float stack of {layer.num_experts} experts "
+                f"(shape {list(weight.shape)}, {weight.dtype}); quantised experts cannot train"
+            )
+
+
+def _attach_layer(layer: MoeLayer, selected: list[int], param_dtype: torch.dtype) -> None:
+    experts = layer.experts
+    stacked: dict[str, Tensor] = dict(experts.named_parameters(recurse=False))
+    banks = AttachedExperts(stacked, selected, param_dtype)
+    for name in stacked:
+        del experts._parameters[name]
+    experts.esft = banks
+    # The interface dispatches on the module's config: with a copy of its own, this layer alone
+    # changes, and the model's config keeps what the user asked for.
+    banks.original_config = experts.config  # type: ignore[assignment]
+    config = copy.copy(experts.config)
+    config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
+    experts.config = config  # type: ignore[assignment]

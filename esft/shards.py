@@ -1,0 +1,147 @@
+"""A checkpoint's safetensors files: which tensor lies where, without reading the weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from esft.errors import EsftError, ModelError
+from esft.files import read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_CHUNK = 1 << 22  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the shard.
+        dtype: safetensors' name of the dtype, `BF16`.
+        shape: the tensor's shape.
+        start: first byte in the file.
+        end: byte after the last.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a model in safetensors files.
+
+    Attributes:
+        folder: where it is.
+        files: its shards, in the order of their names.
+        entries: name -> place of every tensor.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    entries: dict[str, Entry]
+
+    def in_file(self, file: Path) -> list[tuple[str, Entry]]:
+        """Return the tensors of one shard in the order of their bytes."""
+        own = [(name, entry) for name, entry in self.entries.items() if entry.file == file]
+        return sorted(own, key=lambda item: (item[1].start, item[1].end))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a checkpoint's files.
+
+    Raises:
+        ModelError: there are no safetensors files, one is missing or damaged, two hold a tensor
+            of the same name, or the index points outside the folder.
+    """
+    files = tuple(_shards(folder))
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise ModelError(f"{file}: tensor {name} is also in {entries[name].file.name}")
+            entries[name] = entry
+    return Checkpoint(folder, files, entries)
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Read one safetensors file's header: name -> place.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    try:
+        # The library checks lengths, overlaps and holes; the offsets it keeps to itself.
+        with safe_open(file, framework="pt"):
+            pass
+        with open(file, "rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            header = json.loads(raw.read(length))
+    except FileNotFoundError:
+        raise ModelError(f"{file}: this weights file is missing") from None
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise ModelError(f"{file}: this weights file is damaged: {error}") from error
+    header.pop("__metadata__", None)
+    base = 8 + length
+    return {
+        name: Entry(
+            file,
+            item["dtype"],
+            tuple(item["shape"]),
+            base + item["data_offsets"][0],
+            base + item["data_offsets"][1],
+        )
+        for name, item in header.items()
+    }
+
+
+def read_blocks(entry: Entry, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yield a tensor's bytes, or those from `start` to `end` within it, 4 MiB at a time.
+
+    Raises:
+        ModelError: the file ends within the tensor.
+    """
+    with open(entry.file, "rb") as file:
+        file.seek(entry.start + start)
+        left = entry.end - entry.start - start if end is None else end - start
+        while left:
+            block = file.read(min(left, _CHUNK))
+            if not block:
+                raise ModelError(f"{entry.file}: ends in the middle of a tensor")
+            yield block
+            left -= len(block)
+
+
+def _shards(folder: Path) -> Iterator[Path]:
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            yield folder / SINGLE
+            return
+        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        if pickled:
+            raise ModelError(
+                f"{pickled[0]}: pickled weights can run code when read and are refused; "
+                f"convert the checkpoint to safetensors"
+            )
+        raise ModelError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
+    try:
+        names = sorted(set(read_json(index, "index")["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index}: no weight_map in this index") from None
+    except EsftError as error:
+        raise ModelError(str(error)) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name:
+            raise ModelError(f"{index}: points outside the folder: {name!r}")
+        yield folder / name

@@ -1,0 +1,162 @@
+"""Attaching a selection: the gradients are autograd's, and nothing else moves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import FAMILIES, tiny
+from training_loop import batches, train_steps
+
+from esft.errors import ModelError, SelectionError
+from esft.experts import attach, attached_layers, detach, trainable_parameters
+from esft.moe import moe_layers
+from esft.selection import Selection
+
+PICKED = {1: [5, 0], 2: [3]}
+
+
+def selection(experts: dict[int, list[int]] = PICKED) -> Selection:
+    return Selection(experts=experts)
+
+
+def gradients_of_everything(model, ids) -> dict[tuple[int, str], torch.Tensor]:
+    """Ordinary autograd with the fused stacks trainable: the oracle. `{(layer, stack): [E, ...]}`."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {
+        (layer.index, name): stack.grad
+        for layer in moe_layers(model)
+        for name, stack in layer.experts.named_parameters(recurse=False)
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_gradients_equal_ordinary_autograd(family, implementation):
+    model = tiny(family)
+    model.set_experts_implementation(implementation)
+    ids = batches(1)[0]
+    expected = gradients_of_everything(model, ids)
+    loss = model(input_ids=ids, labels=ids).loss
+    attach(model, selection())
+    attached_loss = model(input_ids=ids, labels=ids).loss
+    attached_loss.backward()
+    assert torch.isclose(loss, attached_loss, rtol=1e-6)
+    compared = 0
+    for attached in attached_layers(model):
+        for name, bank in attached.banks.trainable.items():
+            for slot, expert in enumerate(attached.banks.selected):
+                reference = expected[attached.layer.index, name][expert]
+                assert reference.norm() > 0
+                error = (bank.grad[slot] - reference).norm() / reference.norm()
+                assert error < 1e-5
+                compared += 1
+    assert compared == 2 * 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_but_the_selection_moves(family):
+    model = tiny(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attach(model, selection())
+    losses = train_steps(model, 20)
+    assert losses[-1] < losses[0]
+    detach(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    stacks = {f"{layer.name}.": layer.index for layer in moe_layers(model)}
+    for name, tensor in after.items():
+        layer = next((index for prefix, index in stacks.items() if name.startswith(prefix)), None)
+        picked = PICKED.get(layer, []) if layer is not None else []
+        if not picked:
+            assert torch.equal(tensor, before[name]), name
+            continue
+        for expert in range(tensor.shape[0]):
+            same = torch.equal(tensor[expert], before[name][expert])
+            assert same == (expert not in picked), (name, expert)
+
+
+def test_gradients_and_optimizer_state_exist_for_selected_experts_only():
+    model = attach(tiny("qwen3_moe"), selection())
+    parameters = dict(trainable_parameters(model))
+    ids = batches(1)[0]
+    model(input_ids=ids, labels=ids).loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == set(parameters)
+    per_expert = 3 * 32 * 16
+    assert sum(p.numel() for p in parameters.values()) == 3 * per_expert
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+    optimizer = torch.optim.AdamW(parameters.values())
+    optimizer.step()
+    state = [t for s in optimizer.state.values() for t in s.values() if t.dim() > 0]
+    assert sum(t.numel() for t in state) == 2 * 3 * per_expert
+
+
+def test_bf16_model_keeps_an_fp32_bank_and_small_updates():
+    """At 1e-5 a bf16 parameter near 0.2 cannot move: half a unit in the last place is 5e-4."""
+    model = tiny("qwen3_moe").to(torch.bfloat16)
+    attach(model, selection())
+    before = {name: p.detach().clone() for name, p in trainable_parameters(model)}
+    train_steps(model, 5, lr=1e-5)
+    for name, parameter in trainable_parameters(model):
+        assert parameter.dtype == torch.float32
+        assert (parameter != before[name]).float().mean() > 0.9, name
+
+
+def test_gradients_flow_through_frozen_experts_and_gates():
+    """A trained expert in the first MoE layer is reached through all later frozen layers."""
+    ids = batches(1)[0]
+    model = tiny("deepseek_v2")
+    expected = gradients_of_everything(model, ids)[1, "down_proj"][2]
+    attach(model, selection({1: [2]}))
+    model(input_ids=ids, labels=ids).loss.backward()
+    grad = attached_layers(model)[0].banks.trainable["down_proj"].grad[0]
+    assert (grad - expected).norm() / expected.norm() < 1e-5
+
+
+def test_detach_restores_names_config_and_bits():
+    model = tiny("olmoe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    configs = [layer.experts.config for layer in moe_layers(model)]
+    implementation = model.config._experts_implementation
+    attach(model, selection())
+    assert model.config._experts_implementation == implementation
+    detach(model)
+    assert [layer.experts.config for layer in moe_layers(model)] == configs
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert after.keys() == before.keys()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    grads = []
+    for checkpointing in (False, True):
+        model = attach(tiny("qwen3_moe"), selection())
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = batches(1)[0]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        grads.append([p.grad for _, p in trainable_parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [({9: [0]}, "layer 9"), ({1: [8]}, "8"), ({1: [-1]}, "-1"), ({1: [2, 2]}, "2")],
+)
+def test_a_selection_that_does_not_fit_is_refused(experts, message):
+    with pytest.raises(SelectionError, match=message):
+        attach(tiny("mixtral"), selection(experts))
+
+
+def test_attaching_twice_and_detaching_nothing_are_refused():
+    model = attach(tiny("mixtral"), selection())
+    with pytest.raises(ModelError, match="attached already"):
+        attach(model, selection())
+    with pytest.raises(ModelError, match="no selection"):
+        detach(tiny("mixtral"))
