@@ -1,0 +1,248 @@
+"""Profile a model on a task: which experts its routers choose, and with what gate values."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esft.data.encode import Example, encode_rows
+from esft.data.packing import sample
+from esft.data.rows import Row, read_rows
+from esft.errors import DataError
+from esft.loading import load_config, load_model, load_skeleton, load_tokenizer, resolve
+from esft.moe import anatomy, moe_layers, text_config
+from esft.progress import SILENT, Reporter
+from esft.ranking import shares, until
+from esft.routing import HALVES, NOT_COUNTED, RoutingSums
+from esft.scores import METRICS, LayerScores, Scores
+from esft.selection_rule import DEFAULT_P
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COUNTS = ("all", "prompt", "completion")
+TOKENS = 131_072  # the paper's sample: 32 sequences of 4,096 tokens
+SEQ_LEN = 4096
+
+# Padded tokens in a batch: enough to keep the machine busy.
+_BATCH_TOKENS = {"cpu": 8192}
+_BATCH_TOKENS_GPU = 32_768
+_ROWS_ENCODED = 1000  # at a time, until the sample has its tokens
+
+
+def profile(
+    model: str | Path,
+    data: str | Path,
+    *,
+    tokens: int = TOKENS,
+    seq_len: int = SEQ_LEN,
+    seed: int = 0,
+    count: str = "all",
+    device: str | None = None,
+    dtype: str = "auto",
+    reporter: Reporter = SILENT,
+) -> Scores:
+    """Score how much a task uses each routed expert of a model.
+
+    Args:
+        model: a checkpoint's folder, a hub id, or `tiny-moe`.
+        data: a JSONL file with `prompt` and `completion`, or `messages`.
+        tokens: size of the sample; rows are drawn until they have this many tokens together.
+        seq_len: longer rows are cut to this many tokens, or to what the model can take.
+        seed: of the sample.
+        count: which tokens count: `all`, or only those of the `prompt` or the `completion`.
+        device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
+        dtype: of the weights in memory, see `esft.loading.pick_dtype`.
+        reporter: shown the progress.
+
+    Raises:
+        ModelError: the model cannot be loaded, is dense, or is of a family that cannot be profiled.
+        DataError: the data cannot be read (`file:line: reason`), or no token counts.
+    """
+    _check(count, tokens, seq_len)
+    rows = read_rows(data)
+    folder = resolve(model)
+    # Loading weights may take minutes: what can fail before it, fails before it.
+    skeleton = load_skeleton(folder)
+    moe_layers(skeleton)
+    seq_len = min(seq_len, getattr(text_config(skeleton), "max_position_embeddings", seq_len))
+    examples = _draw(rows, load_tokenizer(folder), tokens, seq_len, seed)
+    loaded = load_model(folder, device=device, dtype=dtype)
+    scores = profile_model(loaded, examples, count=count, name=str(model), reporter=reporter)
+    stored = getattr(load_config(folder).get_text_config(), "dtype", None)
+    if isinstance(stored, torch.dtype):
+        scores.model["bytes_per_parameter"] = stored.itemsize
+    drawn = {"data": str(data), "seq_len": seq_len, "seed": seed}
+    return replace(scores, sample=scores.sample | drawn)
+
+
+def profile_model(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    count: str = "all",
+    name: str | None = None,
+    batch_tokens: int | None = None,
+    reporter: Reporter = SILENT,
+) -> Scores:
+    """Score the routed experts of a model in memory; it may have a selection attached.
+
+    Scores are means over all counted tokens of all examples:
+    `gate[i] = sum_t g[t,i] / T` and `token[i] = count_i / (K * T)` (arXiv 2407.01906), summed in
+    float64; `g` is the weight that the experts get, before a constant `routed_scaling_factor`.
+    How rows are put into batches changes nothing but the order of that sum.
+
+    Args:
+        model: left as it was, but for the mode: it is put into evaluation mode meanwhile.
+        examples: the sample.
+        count: which tokens count: `all`, or only those of the `prompt` or the `completion`.
+        name: what the scores call the model.
+        batch_tokens: padded tokens in a batch at most, but at least one row.
+        reporter: shown the progress.
+
+    Raises:
+        ModelError: the model is dense, or a router does not choose K of E experts for each token.
+        DataError: no token counts.
+    """
+    _check(count)
+    found = anatomy(model)
+    masks = [_counted(example, count) for example in examples]
+    total = sum(map(sum, masks))
+    if not total:
+        raise DataError(f"--count {count}: no token of the sample counts")
+    device = model.device
+    size = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
+    batches = list(_batches([len(example.input_ids) for example in examples], size))
+    sums = RoutingSums(found.layers)
+    with (
+        _evaluating(model),
+        sums.hooked(),
+        reporter.task("profiling", total=len(batches), unit="batch") as task,
+    ):
+        for rows in batches:
+            ids, attention = _padded([examples[row].input_ids for row in rows])
+            # Every other row goes to the second half of the sample.
+            half = [[row % HALVES if c else NOT_COUNTED for c in masks[row]] for row in rows]
+            sums.half_T = _padded(half, NOT_COUNTED)[0].flatten().to(device)
+            # The base model: no logits, which cost more than the experts do in a small model.
+            model.base_model(
+                input_ids=ids.to(device),
+                attention_mask=None if attention.all() else attention.to(device),
+                use_cache=False,
+            )
+            task.advance(tokens=int(attention.sum()))
+    halves = [sum(sum(mask) for mask in masks[half::HALVES]) for half in range(HALVES)]
+    whole = sums.scores(range(HALVES), total)
+    parts = [sums.scores([half], tokens) for half, tokens in enumerate(halves) if tokens]
+    return Scores(
+        layers=whole,
+        model={
+            "name": name or model.config._name_or_path or found.architecture,
+            "model_type": found.model_type,
+            "architecture": found.architecture,
+            "parameters": found.total,
+            "routed_parameters": found.routed,
+            "expert_parameters": found.per_expert,
+            "bytes_per_parameter": model.dtype.itemsize,
+        },
+        sample={
+            "count": count,
+            "tokens": total,
+            "sequences": len(examples),
+        },
+        stability=stability(whole, parts) if len(parts) == HALVES else {},
+    )
+
+
+def stability(
+    whole: dict[int, LayerScores], parts: Sequence[dict[int, LayerScores]], p: float = DEFAULT_P
+) -> dict[str, float]:
+    """Say how sure a selection is.
+
+    Returns:
+        `p`, and by metric the share of the experts selected at `p` on the whole sample that stay
+        selected on a part of it, over all layers, averaged over the parts.
+    """
+    result = {"p": p}
+    for metric in METRICS:
+        chosen = _select(whole, metric, p)
+        kept = [len(chosen & _select(part, metric, p)) / len(chosen) for part in parts]
+        result[metric] = sum(kept) / len(kept)
+    return result
+
+
+def _check(count: str, tokens: int = TOKENS, seq_len: int = SEQ_LEN) -> None:
+    if count not in COUNTS:
+        raise DataError(f'--count "{count}": choose one of {", ".join(COUNTS)}')
+    for option, value in (("--tokens", tokens), ("--seq-len", seq_len)):
+        if value < 1:
+            raise DataError(f"{option} {value}: must be at least 1")
+
+
+def _draw(rows: list[Row], tokenizer: Any, tokens: int, seq_len: int, seed: int) -> list[Example]:
+    """Draw a sample, turning no more rows into tokens than it needs."""
+    random.Random(seed).shuffle(rows)
+    examples: list[Example] = []
+    budget = tokens
+    for start in range(0, len(rows), _ROWS_ENCODED):
+        if budget <= 0:
+            break
+        encoded = encode_rows(rows[start : start + _ROWS_ENCODED], tokenizer)
+        budget -= sum(min(len(example.input_ids), seq_len) for example in encoded)
+        examples += encoded
+    return sample(examples, tokens, seed, seq_len=seq_len)
+
+
+def _counted(example: Example, count: str) -> list[bool]:
+    if count == "all":
+        return [True] * len(example.input_ids)
+    return [answer == (count == "completion") for answer in example.completion]
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield rows in batches of at most `size` padded tokens, longest first, at least one row."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # The first row of a batch is its longest: memory is highest at the start, not in the end.
+        if batch and lengths[batch[0]] * (len(batch) + 1) > size:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Return rows padded on the right, and where they are not padding; both `[B, S]`, int64."""
+    values = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
+    real = torch.zeros_like(values)
+    for place, row in enumerate(rows):
+        values[place, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        real[place, : len(row)] = 1
+    return values, real
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _select(layers: dict[int, LayerScores], metric: str, p: float) -> set[tuple[int, int]]:
+    return {
+        (index, expert)
+        for index, layer in layers.items()
+        for expert in until(shares(layer.metric(metric), index), p)
+    }

@@ -1,0 +1,112 @@
+"""Sums of what a model's routers decide, taken while it runs.
+
+A forward pre-hook on each experts module sees the chosen experts and their weights, whatever the
+router looks like. It adds to sums on the device and nothing else: no record of tokens, no wait for
+the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from esft.errors import ModelError
+from esft.moe import MoeLayer
+from esft.scores import LayerScores
+
+HALVES = 2
+NOT_COUNTED = 2  # the half of tokens that are in neither
+
+
+class RoutingSums:
+    """Sums over the tokens of each half of a sample, in float64 on the devices of the layers.
+
+    Attributes:
+        half_T: of the batch at hand: 0, 1, or `NOT_COUNTED` for each of its B*S tokens, `[T]`.
+            Set it before each forward call inside `hooked`.
+    """
+
+    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+        self._layers = layers
+        self._sums: dict[int, Tensor] = {}  # by layer index: [2, 3 * (E + 1)]: counts, gates
+        self.half_T = torch.zeros(0, dtype=torch.int64)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Add up what the routers decide while the block runs.
+
+        Raises:
+            ModelError: a router does not choose K experts for each token.
+        """
+        handles = [
+            layer.experts.register_forward_pre_hook(
+                lambda _module, args, layer=layer: self._add(layer, *args[1:3])
+            )
+            for layer in self._layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, layer: MoeLayer, index: Tensor, weight: Tensor) -> None:
+        """Add a batch: expert ids and weights, `[T, K]` or `[B, S, K]`. Never waits for a GPU."""
+        E, K = layer.num_experts, index.shape[-1]
+        half_T = self.half_T.to(index.device, non_blocking=True)
+        if index.numel() != half_T.numel() * K or layer.top_k != K:
+            raise ModelError(
+                f"{layer.name}: expected {layer.top_k} experts for each of {half_T.numel()} "
+                f"tokens, but its router chose {list(index.shape)}; this family cannot be profiled"
+            )
+        index_TK = index.reshape(-1, K)
+        # Some routers send tokens to experts that do not exist: "no expert", or "the input
+        # itself". Those go to a column of their own, which `scores` refuses.
+        column_TK = torch.where((index_TK >= 0) & (index_TK < E), index_TK, E)
+        slot_N = (half_T[:, None] * (E + 1) + column_TK).flatten()
+        gate_N = weight.reshape(-1).to(torch.float64) / layer.gate_scale
+        if layer.index not in self._sums:
+            shape = (2, (HALVES + 1) * (E + 1))
+            self._sums[layer.index] = torch.zeros(shape, dtype=torch.float64, device=index.device)
+        counts, gates = self._sums[layer.index]
+        counts.scatter_add_(0, slot_N, torch.ones_like(gate_N))
+        gates.scatter_add_(0, slot_N, gate_N)
+
+    def scores(self, halves: Sequence[int], tokens: int) -> dict[int, LayerScores]:
+        """Return the scores, by layer index, over one or both halves.
+
+        Args:
+            halves: 0, 1 or both.
+            tokens: how many counted tokens these have.
+
+        Raises:
+            ModelError: a layer was not called, or chose experts that it does not have.
+        """
+        layers = {}
+        for layer in self._layers:
+            E, K = layer.num_experts, layer.top_k
+            if layer.index not in self._sums:
+                raise ModelError(f"{layer.name}: never called; this family cannot be profiled")
+            bins = self._sums[layer.index].cpu().view(2, HALVES + 1, E + 1)
+            counts, gates = bins[:, list(halves)].sum(dim=1)
+            if counts[E]:
+                raise ModelError(
+                    f"{layer.name}: {int(counts[E]):,} of {tokens * K:,} choices of its router are "
+                    f"none of its {E} experts; this family cannot be profiled"
+                )
+            if counts.sum() != tokens * K:
+                raise ModelError(
+                    f"{layer.name}: its router chose {int(counts.sum()):,} experts for {tokens:,} "
+                    f"tokens, not {K} each; this family cannot be profiled"
+                )
+            layers[layer.index] = LayerScores(
+                experts=E,
+                top_k=K,
+                tokens=tokens,
+                token=(counts[:E] / (K * tokens)).tolist(),
+                gate=(gates[:E] / tokens).tolist(),
+            )
+        return layers
