@@ -65,7 +65,7 @@ def tiny(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
             is left alone.
         overrides: fields of the family's configuration.
     """
-    config = AutoConfig.for_model(family, **_COMMON, **_FAMILY[family] | overrides)
+    config = AutoConfig.for_model(family, **(_COMMON | _FAMILY[family] | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -1,0 +1,209 @@
+"""How well a model answers a test set: exact match, loss and perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esft.data.encode import Example, encode_rows
+from esft.data.rows import read_rows
+from esft.errors import DataError, EsftError, ModelError
+from esft.progress import SILENT, Reporter
+
+_AT_ONCE = 1024  # rows of logits turned into float32 at a time
+_LARGEST_LOSS = 700.0  # e to the power of more is no float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        rows: how many rows were scored.
+        tokens: how many answer tokens they have, end tokens included.
+        matched: how many rows the model answers exactly.
+        loss: mean negative log-likelihood of an answer token, in nats.
+    """
+
+    rows: int
+    tokens: int
+    matched: int
+    loss: float
+
+    @property
+    def exact_match(self) -> float:
+        """Share of the rows that the model answers exactly, 0 to 1."""
+        return self.matched / self.rows
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(self.loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready description."""
+        return asdict(self) | {"exact_match": self.exact_match, "perplexity": self.perplexity}
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    delta: str | Path | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = 4096,
+    max_rows: int | None = None,
+    reporter: Reporter = SILENT,
+) -> Evaluation:
+    """Score a model on a test set.
+
+    Args:
+        model: a checkpoint's folder, a hub id, or `tiny-moe`.
+        data: a JSONL file, see `esft.data.rows`.
+        delta: folder of a delta made from this model.
+        device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        batch_tokens: see `evaluate_model`.
+        max_rows: score only the first rows of the file.
+        reporter: shows progress.
+
+    Raises:
+        DataError: a row cannot be used; the message names file and line.
+        ModelError: the model cannot be loaded, or its logits are not finite.
+        DeltaError: the delta is damaged.
+        CheckError: the delta was made from another base.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise DataError(f"--max-rows {max_rows}: expected at least 1")
+    from esft.inference import load
+
+    rows = read_rows(data)[:max_rows]  # first: a bad line shows at once, loading takes a while
+    loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
+    examples = encode_rows(rows, tokenizer, reporter=reporter)
+    return evaluate_model(loaded, examples, batch_tokens=batch_tokens, reporter=reporter)
+
+
+def evaluate_model(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = 4096,
+    reporter: Reporter = SILENT,
+) -> Evaluation:
+    """Score a loaded model, in one forward pass a row.
+
+    A row matches exactly if greedy decoding, given the prompt, would write the reference answer
+    token for token and stop: if at each answer token the reference is the likeliest next token
+    after the *reference's* text so far. This is the same, by induction over the answer: the
+    first token is predicted from the prompt in both cases. If the first n tokens match, greedy
+    decoding has so far written the reference, so that both predict token n + 1 from one text.
+    At the first token that differs, greedy decoding has left the reference and the row is wrong
+    in both. (In a conversation, each answer is asked for after the reference's earlier turns.)
+
+    Args:
+        model: a transformers causal language model; its mode is restored.
+        examples: from `encode_rows`.
+        batch_tokens: tokens a forward pass, padding included; a longer row goes alone. Logits
+            take at most `batch_tokens` times the vocabulary, in the model's dtype.
+        reporter: shows progress.
+
+    Raises:
+        DataError: there are no examples.
+        EsftError: `batch_tokens` is not positive.
+        ModelError: the model's logits are not finite.
+    """
+    if not examples:
+        raise DataError("no rows to score")
+    if batch_tokens < 1:
+        raise EsftError(f"--batch-tokens {batch_tokens}: expected at least 1")
+    was_training = model.training
+    model.eval()
+    matched = tokens = 0
+    loss = 0.0
+    try:
+        with torch.no_grad(), reporter.task("scoring", len(examples), "row") as task:
+            for batch in _batches(examples, batch_tokens):
+                rows_right, batch_loss = _score(model, batch)
+                if not math.isfinite(batch_loss):
+                    raise ModelError(
+                        f"{batch[0].where}: the model's logits for this row, or one scored with "
+                        f"it, are NaN or infinite; its weights are damaged or training diverged"
+                    )
+                matched += rows_right
+                loss += batch_loss
+                tokens += sum(example.supervised for example in batch)
+                task.advance(len(batch), tokens=sum(len(e.input_ids) for e in batch))
+    finally:
+        model.train(was_training)
+    if not tokens:
+        raise DataError(f"{examples[0].where}: no row has an answer token to score")
+    if loss / tokens > _LARGEST_LOSS:
+        raise ModelError(f"the loss is {loss / tokens:.3g}: the model's weights are damaged")
+    return Evaluation(rows=len(examples), tokens=tokens, matched=matched, loss=loss / tokens)
+
+
+def _batches(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Example]]:
+    """Group rows of like length, the longest first: lack of memory shows at once."""
+    batch: list[Example] = []
+    longest = 0
+    for example in sorted(examples, key=lambda e: -len(e.input_ids)):
+        longest = longest or len(example.input_ids)
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, longest = [], len(example.input_ids)
+        batch.append(example)
+    yield batch
+
+
+def _score(model: Any, batch: list[Example]) -> tuple[int, float]:
+    """Return how many rows of a batch match, and the sum of their tokens' losses."""
+    device = model.device
+    longest = max(len(example.input_ids) for example in batch)
+    ids_BS = torch.zeros(len(batch), longest, dtype=torch.int64)
+    real_BS = torch.zeros_like(ids_BS)
+    answer_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        length = len(example.input_ids)
+        ids_BS[row, :length] = torch.tensor(example.input_ids)
+        real_BS[row, :length] = 1
+        answer_BS[row, 1:length] = torch.tensor(example.completion[1:], dtype=torch.bool)
+    # The logits at a position predict the token after it.
+    predicts_BS = answer_BS.roll(-1, dims=1)
+    kept_P = predicts_BS.any(dim=0).nonzero().squeeze(1)
+    inputs: dict[str, Any] = {"input_ids": ids_BS.to(device), "attention_mask": real_BS.to(device)}
+    # The model itself computes the logits (families scale or cap them), at the positions asked
+    # for if it can: over a large vocabulary they are most of the memory.
+    if "logits_to_keep" in signature(model.forward).parameters:
+        inputs["logits_to_keep"] = kept_P.to(device)
+        logits_BPV = model(**inputs, use_cache=False).logits
+    else:
+        logits_BPV = model(**inputs, use_cache=False).logits[:, kept_P.to(device)]
+    row_N, place_N = predicts_BS[:, kept_P].nonzero(as_tuple=True)
+    target_N = ids_BS[row_N, kept_P[place_N] + 1]
+    right_N, loss = _compare(logits_BPV, row_N.to(device), place_N.to(device), target_N.to(device))
+    wrong_rows = row_N[~right_N].unique()
+    return len(batch) - len(wrong_rows), loss
+
+
+def _compare(
+    logits_BPV: Tensor, row_N: Tensor, place_N: Tensor, target_N: Tensor
+) -> tuple[Tensor, float]:
+    """Return which of N predictions are right, on the CPU, and the sum of their losses in nats."""
+    right: list[Tensor] = []
+    loss = 0.0
+    for row, place, target in zip(
+        row_N.split(_AT_ONCE), place_N.split(_AT_ONCE), target_N.split(_AT_ONCE), strict=True
+    ):
+        logits = logits_BPV[row, place].float()
+        reference = logits.gather(1, target[:, None]).squeeze(1)
+        right.append((logits.argmax(dim=1) == target).cpu())
+        loss += (logits.logsumexp(dim=1) - reference).sum(dtype=torch.float64).item()
+    return torch.cat(right), loss

@@ -1,0 +1,47 @@
+"""A model made ready for use: base weights, a delta over them if there is one, and a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from esft.errors import ModelError
+from esft.loading import load_model, load_tokenizer, resolve
+
+
+def load(
+    model: str | Path,
+    *,
+    delta: str | Path | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer for inference.
+
+    Args:
+        model: a checkpoint's folder, a hub id, or `tiny-moe`.
+        delta: folder of a delta made from this model; its weights replace the model's.
+        device: see `esft.loading.pick_device`.
+        dtype: see `esft.loading.pick_dtype`.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, or its tokenizer has more tokens than it.
+        DeltaError: the delta is damaged.
+        CheckError: the delta was made from another base.
+    """
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    loaded = load_model(folder, device=device, dtype=dtype)
+    rows = loaded.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} tokens and the model embeds {rows:,}; "
+            f"they do not belong together"
+        )
+    if delta is not None:
+        from esft.delta import attach_delta
+
+        loaded = attach_delta(loaded, folder, Path(delta))
+    return loaded, tokenizer
