@@ -1,0 +1,60 @@
+"""`esft eval MODEL --data FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esft_cli import output
+
+
+def evaluate(
+    model: output.Model,
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Test set: JSONL, prompt/completion or messages."),
+    ],
+    delta: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A delta made from MODEL, to score with it.")
+    ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Score only the first N rows.")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens at a time; fewer need less memory.")
+    ] = 4096,
+    device: output.Device = None,
+    dtype: output.Dtype = "auto",
+    json: output.Json = False,
+) -> None:
+    """Score a model on a test set: exact match, loss, perplexity.
+
+    Exact match is the share of rows that greedy decoding would answer token for token, end
+    included; loss is the mean over answer tokens.
+    """
+    import esft
+
+    found = esft.evaluate(
+        model,
+        data,
+        delta=delta,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        max_rows=max_rows,
+        reporter=output.reporter(),
+    )
+    if json:
+        output.print_json(found.to_dict())
+        return
+    table = output.table("score", "", "")
+    for name, value in (
+        ("exact match", f"{output.share(found.exact_match)} ({found.matched:,} of {found.rows:,})"),
+        ("loss", f"{found.loss:.4f} nats a token"),
+        ("perplexity", f"{found.perplexity:.4g}"),
+        ("answer tokens", output.count(found.tokens)),
+    ):
+        table.add_row(name, value)
+    output.console().print(table)
