@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,10 @@ def test_a_damaged_line_is_read_or_named(
     except EsftError as error:
         said = str(error)
     assert said.startswith(f"{path}:")
+
+
+def test_the_examples_of_the_format_page_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    formats = {read_rows(write(tmp_path, block.encode()))[0].format for block in blocks}
+    assert formats == {"prompt/completion", "messages"}
