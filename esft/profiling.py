@@ -119,12 +119,12 @@ def profile_model(
         raise DataError(f"--count {count}: no token of the sample counts")
     device = model.device
     size = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
-    batches = list(_batches([len(example.input_ids) for example in examples], size))
+    batches = _batches([len(example.input_ids) for example in examples], size)
     sums = RoutingSums(found.layers)
     with (
         _evaluating(model),
         sums.hooked(),
-        reporter.task("profiling", total=len(batches), unit="batch") as task,
+        reporter.task("profiling", total=len(examples), unit="row") as task,
     ):
         for rows in batches:
             ids, attention = _padded([examples[row].input_ids for row in rows])
@@ -137,7 +137,7 @@ def profile_model(
                 attention_mask=None if attention.all() else attention.to(device),
                 use_cache=False,
             )
-            task.advance(tokens=int(attention.sum()))
+            task.advance(len(rows), tokens=int(attention.sum()))
     halves = [sum(sum(mask) for mask in masks[half::HALVES]) for half in range(HALVES)]
     whole = sums.scores(range(HALVES), total)
     parts = [sums.scores([half], tokens) for half, tokens in enumerate(halves) if tokens]

@@ -1,0 +1,118 @@
+"""`esft select SCORES`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esft_cli import output
+
+
+def select(
+    scores: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SCORES", help="A file from esft profile, or one that the official code wrote."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="selection.json", help="Where to write the selection.")
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="token|gate",
+            help="How often tokens choose an expert, or the mean weight they give it.  "
+            "[default: token]",
+        ),
+    ] = None,
+    p: Annotated[
+        float | None,
+        typer.Option(
+            "--p",
+            metavar="P",
+            help="Per layer, take the best experts until their scores reach this share of the "
+            "layer's; above 0, at most 1.  [default: 0.2]",
+        ),
+    ] = None,
+    mass: Annotated[
+        str | None,
+        typer.Option(
+            metavar="share|raw",
+            help="What P is a part of: the layer's sum of scores, or 1.  [default: share]",
+        ),
+    ] = None,
+    round: Annotated[
+        int | None, typer.Option(metavar="N", help="Round the scores to N decimals first.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="official-token|official-gate",
+            help="The official rule, exactly: fixes metric, p, mass and round.",
+        ),
+    ] = None,
+    top_n: Annotated[
+        int | None, typer.Option(metavar="N", help="Instead of --p: the best N experts a layer.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="5%|500MB|N",
+            help="Instead of --p: the best experts of all layers that fit into a share of the "
+            "model's parameters, bytes of delta, or N parameters.",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="3-20,22", help="Select in these layers only.")
+    ] = None,
+    random: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="A control: as many experts per layer as the rule takes, drawn at random.",
+        ),
+    ] = None,
+    json: output.Json = False,
+) -> None:
+    """Choose the experts to train from a task's scores.
+
+    Without options: in each layer the experts that get 20 % of the tokens. Next: esft train.
+    """
+    import esft
+
+    selection = esft.select(
+        esft.Scores.read(scores),
+        metric=metric,
+        p=p,
+        mass=mass,
+        round=round,
+        top_n=top_n,
+        budget=budget,
+        layers=layers,
+        random=random,
+        preset=preset,
+    )
+    selection.write(out)
+    summary = selection.summary()
+    if json:
+        output.print_json({"out": str(out), "rule": selection.rule, "summary": summary.to_dict()})
+        return
+    table = output.table(f"Selection from {scores}", "", "")
+    for name, value in (
+        ("layers", output.count(summary.layers)),
+        (
+            "experts per layer",
+            f"{summary.fewest} at least, {summary.median:g} median, {summary.most} at most; "
+            f"{output.count(summary.experts)} in all",
+        ),
+        ("parameters", output.count(summary.parameters)),
+        ("share of the model", output.share(summary.share_of_model)),
+        ("share of the experts", output.share(summary.share_of_experts)),
+        ("size of the delta", output.size(summary.delta_bytes)),
+        ("written to", str(out)),
+    ):
+        table.add_row(name, value)
+    output.console().print(table)
