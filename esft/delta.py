@@ -115,10 +115,7 @@ def write_delta(
     folder: Path,
     base: Checkpoint,
     changes: Iterable[Changed],
-    *,
-    method: str,
-    base_info: Mapping[str, Any],
-    extra: Mapping[str, Any],
+    about: Mapping[str, Any],
 ) -> None:
     """Write changed weights, in the base's dtypes, into an existing empty folder.
 
@@ -128,9 +125,8 @@ def write_delta(
         folder: where to.
         base: the checkpoint that training started from.
         changes: what changed; a tensor that the base does not have is an error.
-        method: `esft`, `random` or `full`.
-        base_info: what names the base to a reader (name, model_type, architecture).
-        extra: further keys of the manifest (selection, training).
+        about: what the manifest says of the run: `method`, what names the base to a reader
+            (`base`: name, model_type, architecture), and any more keys.
 
     Raises:
         DeltaError: a change does not fit the base, or is not finite.
@@ -148,18 +144,16 @@ def write_delta(
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # hides the system's error in its text
             raise OutputError(f"{folder / WEIGHTS}: cannot write {size:,} bytes: {error}") from None
-    write_manifest(folder, base, method=method, base_info=base_info, extra={"rows": rows, **extra})
+    write_manifest(folder, base, {**about, "rows": rows})
 
 
-def write_manifest(
-    folder: Path,
-    base: Checkpoint,
-    *,
-    method: str,
-    base_info: Mapping[str, Any],
-    extra: Mapping[str, Any],
-) -> None:
+def write_manifest(folder: Path, base: Checkpoint, about: Mapping[str, Any]) -> None:
     """Write `base.json`, then `delta.json` with the hash of every file in the folder.
+
+    Args:
+        folder: holds the delta's other files already.
+        base: the checkpoint that training started from; all of it is read and hashed.
+        about: see `write_delta`.
 
     Raises:
         OutputError: the disk is full or read-only.
@@ -169,9 +163,8 @@ def write_manifest(
     files = sorted(path for path in folder.iterdir() if path.is_file())
     manifest = {
         "format": FORMAT,
-        "method": method,
-        "base": {**base_info, "tensors": len(tensors)},
-        **extra,
+        **about,
+        "base": {**about.get("base", {}), "tensors": len(tensors)},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
         },

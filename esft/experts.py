@@ -161,7 +161,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for name in list(attached.banks.frozen):
             weight = nn.Parameter(attached.banks.stacked(name), requires_grad=False)
             experts.register_parameter(name, weight)
-        experts.config = attached.banks.original_config  # type: ignore[assignment]
+        experts.config = attached.banks.original_config
         del experts.esft
     return model
 
@@ -212,7 +212,7 @@ def _attach_layer(layer: MoeLayer, selected: list[int], param_dtype: torch.dtype
     experts.esft = banks
     # The interface dispatches on the module's config: with a copy of its own, this layer alone
     # changes, and the model's config keeps what the user asked for.
-    banks.original_config = experts.config  # type: ignore[assignment]
+    banks.original_config = experts.config
     config = copy.copy(experts.config)
     config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
-    experts.config = config  # type: ignore[assignment]
+    experts.config = config

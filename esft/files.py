@@ -11,8 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ def read_json(path: Path, what: str = "file") -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EsftError(f"{path}: no such {what}") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise EsftError(f"{path}: cannot read this {what}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise EsftError(f"{path}: this {what} is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise EsftError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number too long
+        raise EsftError(f"{path}: not usable JSON: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,25 +69,43 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically, making missing parent folders.
 
+    A symbolic link stays one: the file that it names is written.
+
     Raises:
-        OutputError: the disk is full, the folder is read-only, or the like; `path` is as before.
+        OutputError: the disk is full, the folder is read-only, or the like, or `path` is a device
+            or a folder; `path` is as before.
     """
     path = Path(path)
     with explain_write_errors(path, needed=len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        target = Path(os.path.realpath(path))
+        # A rename would put a file in the place of /dev/null.
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{path}: not a regular file; choose another --out")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(target)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
             raise
-        sync_folder(path.parent)
+        sync_folder(target.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a log; a reader never sees more than one incomplete line, the last.
+
+    Raises:
+        OutputError: the disk is full or read-only.
+    """
+    with explain_write_errors(path, needed=len(line) + 1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 @contextlib.contextmanager
@@ -93,6 +113,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
     Everything in it is synced before the rename, so `path` either does not exist or is complete.
+    A folder that is replaced is out of sight for the moment between two renames.
 
     Args:
         path: where the folder is to appear.
@@ -104,34 +125,34 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(path)
     refuse_existing(path, replace=replace)
     with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(target)
+        temporary.mkdir()
         try:
             yield temporary
-            for item in sorted(temporary.rglob("*")):
+            for item in [*sorted(temporary.rglob("*")), temporary]:
                 if item.is_file():
                     sync_file(item)
-            os.chmod(temporary, 0o777 & ~_umask())
-            if path.is_dir():
-                retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                os.replace(path, retired)
-                os.replace(temporary, path)
-                shutil.rmtree(retired, ignore_errors=True)
-            else:
-                os.replace(temporary, path)
+                elif item.is_dir():
+                    sync_folder(item)
+            _swap(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_folder(path.parent)
+        sync_folder(target.parent)
 
 
 def refuse_existing(path: Path, *, replace: bool = False) -> None:
     """Raise OutputError if `path` is a file, or a folder with content that may not be replaced."""
-    if path.is_dir():
-        if not replace and any(path.iterdir()):
-            raise OutputError(f"{path}: the folder exists and is not empty; choose another --out")
-    elif path.exists() or path.is_symlink():
-        raise OutputError(f"{path}: a file is in the way; choose another --out")
+    with explain_write_errors(path):
+        if path.is_dir():
+            if not replace and any(path.iterdir()):
+                raise OutputError(
+                    f"{path}: the folder exists and is not empty; choose another --out"
+                )
+        elif path.exists() or path.is_symlink():
+            raise OutputError(f"{path}: a file is in the way; choose another --out")
 
 
 @contextlib.contextmanager
@@ -166,8 +187,22 @@ def sync_folder(path: Path) -> None:
         sync_file(path)
 
 
-def _umask() -> int:
-    # The mask can only be read by setting it; mkstemp makes files that only the owner can read.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path) -> Path:
+    """Name a temporary place in the same folder, hence on the same disk."""
+    # Not from `tempfile`, whose files only their owner may read, whatever the umask says.
+    return path.parent / f".{path.name[:50]}.{secrets.token_hex(6)}"
+
+
+def _swap(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; a folder that is there goes, or comes back if that fails."""
+    if not target.is_dir():
+        os.replace(folder, target)
+        return
+    retired = _beside(target)
+    os.replace(target, retired)
+    try:
+        os.replace(folder, target)
+    except BaseException:
+        os.replace(retired, target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)

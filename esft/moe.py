@@ -191,7 +191,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 def text_config(model: nn.Module) -> Any:
     """Return the configuration of the language model, also inside a multimodal wrapper."""
-    config = model.config
+    config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -118,10 +118,10 @@ def write_into(
         ModelError: the model has no place for a tensor.
     """
     left = set(tensors)
-    stacks = {}
+    stacks: dict[str, Tensor] = {}
     for layer in moe_layers(model):
-        for name, stack in layer.experts.named_parameters(recurse=False):
-            stacks[f"{layer.name}.{name}"] = stack.detach()
+        for name, parameter in layer.experts.named_parameters(recurse=False):
+            stacks[f"{layer.name}.{name}"] = parameter.detach()
     for stack_name, stack in stacks.items():
         for part in parts(model, stack_name, stack.shape):
             for expert in range(stack.shape[0]):

@@ -47,9 +47,7 @@ def train_delta(base: Path, folder: Path, experts: dict[int, list[int]] = PICKED
         folder,
         open_checkpoint(base),
         expert_changes(model),
-        method="esft",
-        base_info={"name": "tiny"},
-        extra={},
+        {"method": "esft", "base": {"name": "tiny"}},
     )
     return detach(model).eval()
 
@@ -266,9 +264,7 @@ def test_a_diverged_model_is_not_written(tmp_path):
             tmp_path / "delta",
             open_checkpoint(base),
             expert_changes(model),
-            method="esft",
-            base_info={},
-            extra={},
+            {"method": "esft"},
         )
 
 
@@ -286,7 +282,7 @@ def test_an_index_that_points_elsewhere_is_refused(trained, tmp_path, name):
     (tmp_path / "base" / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
     (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="points outside|is missing"):
+    with pytest.raises(ModelError, match=r"points outside|is missing"):
         merge(tmp_path / "base", delta, tmp_path / "merged")
 
 

@@ -7,17 +7,15 @@ import sys
 
 import typer
 
-from esft_cli import (
-    evaluate,
-    generate,
-    inspect,
-    merge,
-    profile,
-    scores,
-    select,
-    train,
-    verify,
-)
+from esft_cli.evaluate import evaluate
+from esft_cli.generate import generate
+from esft_cli.inspect import inspect
+from esft_cli.merge import merge
+from esft_cli.profile import profile
+from esft_cli.scores import app as scores_app
+from esft_cli.select import select
+from esft_cli.train import train
+from esft_cli.verify import verify
 
 EXIT_INTERRUPTED = 130
 
@@ -29,15 +27,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("inspect")(inspect.inspect)
-app.command("profile")(profile.profile)
-app.command("select")(select.select)
-app.command("train")(train.train)
-app.command("merge")(merge.merge)
-app.command("verify")(verify.verify)
-app.command("eval")(evaluate.evaluate)
-app.command("generate")(generate.generate)
-app.add_typer(scores.app, name="scores")
+app.command("inspect")(inspect)
+app.command("profile")(profile)
+app.command("select")(select)
+app.command("train")(train)
+app.command("merge")(merge)
+app.command("verify")(verify)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.add_typer(scores_app, name="scores")
 
 
 def run() -> None:

@@ -103,7 +103,7 @@ class _MoeMlp(torch.autograd.Function):
         return rows.view(T, K, H).sum(1).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, topk_weight, *zs = ctx.saved_tensors
         bank, (selected, frozen), K = ctx.bank, ctx.segments, ctx.top_k
         need_x, _, need_gate, need_up, need_down, need_up_bias, need_down_bias, _ = (

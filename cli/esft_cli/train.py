@@ -1,0 +1,104 @@
+"""`esft train RECIPE` or `esft train MODEL --data FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from esft_cli import output
+
+if TYPE_CHECKING:
+    from esft.training import RunResult
+
+
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yaml), or a model with --data."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.", metavar="RUN")],
+    data: Annotated[
+        str | None, typer.Option(help="Training rows (JSONL), without a recipe.", metavar="FILE")
+    ] = None,
+    eval_: Annotated[
+        str | None, typer.Option("--eval", help="Test rows, without a recipe.", metavar="FILE")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="esft, random, lora or full.", metavar="NAME")
+    ] = None,
+    selection: Annotated[
+        str | None, typer.Option(help="Train this selection file's experts.", metavar="FILE")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Select by token (TSR) or gate (AGS).", metavar="NAME")
+    ] = None,
+    p: Annotated[
+        float | None, typer.Option(help="Select up to this cumulative share.", metavar="SHARE")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="training.max_steps", metavar="N")] = None,
+    lr: Annotated[float | None, typer.Option(help="training.learning_rate", metavar="RATE")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a recipe's key; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")
+    ] = False,
+    device: output.Device = None,
+    json: output.Json = False,
+) -> None:
+    """Train only the experts that a task uses, and save only what changed.
+
+    Without a selection file the model is profiled on the training rows first. The training
+    section of a recipe takes the fields of transformers' TrainingArguments by name; --set reaches
+    each of them, as in --set training.per_device_train_batch_size=4.
+    """
+    import esft
+    from esft.recipe import override, read_recipe, recipe_from_options
+
+    options = {
+        "method": method,
+        "selection": selection,
+        "selection.metric": metric,
+        "selection.p": p,
+        "training.max_steps": steps,
+        "training.learning_rate": lr,
+        "device": device,
+        "data.eval": eval_,
+    }
+    chosen = [override(key, value) for key, value in options.items() if value is not None]
+    chosen += set_ or []
+    if data is None:
+        resolved = read_recipe(recipe, chosen)
+    else:
+        resolved = recipe_from_options(recipe, data, chosen)
+    result = esft.train(resolved, out, resume=resume, reporter=output.reporter())
+    if json:
+        output.print_json(result.to_dict())
+        return
+    _print(result, resolved.model)
+
+
+def _print(result: RunResult, model: str) -> None:
+    table = output.table(f"trained by {result.method}", "", "")
+    rows: list[tuple[str, Any]] = [
+        ("steps", output.count(result.steps)),
+        ("training loss", f"{result.train_loss:.4f}"),
+        ("time", f"{result.seconds:.0f} s ({result.tokens_per_second:,.0f} tokens/s)"),
+        ("peak memory", output.size(result.peak_memory)),
+        (
+            "parameters trained",
+            f"{output.count(result.trained)} ({output.share(result.trained / result.total)})",
+        ),
+        ("delta", f"{result.delta} ({output.size(result.delta_bytes)})"),
+    ]
+    if result.evaluation is not None:
+        rows.append(("exact match", output.share(result.evaluation.exact_match)))
+        rows.append(("loss on test rows", f"{result.evaluation.loss:.4f}"))
+    for name, value in rows:
+        table.add_row(name, str(value))
+    console = output.console()
+    console.print(table)
+    console.print(f"\nnext: esft merge {model} {result.delta} --out MERGED", soft_wrap=True)

@@ -1,0 +1,36 @@
+"""`esft verify BASE DELTA [--merged DIR]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esft_cli import output
+from esft_cli.merge import Base, DeltaFolder
+
+
+def verify(
+    base: Base,
+    delta: DeltaFolder,
+    merged: Annotated[
+        Path | None, typer.Option(help="Also compare this merged checkpoint.", metavar="DIR")
+    ] = None,
+    json: output.Json = False,
+) -> None:
+    """Check that a delta is whole and fits its base, and that a merge is exactly the two.
+
+    Every tensor is read and compared. A difference is named and ends with exit code 3.
+    """
+    import esft
+
+    found = esft.verify(base, delta, merged)
+    if json:
+        output.print_json({"ok": True, **vars(found)})
+        return
+    console = output.console()
+    console.print(f"base: {found.tensors:,} tensors are those that the delta was made from")
+    console.print(f"delta: {found.changed:,} tensors, undamaged")
+    if found.merged is not None:
+        console.print(f"merged: {found.merged:,} tensors are exactly base and delta")

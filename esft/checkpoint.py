@@ -1,0 +1,230 @@
+"""Resumable training state: what a killed run needs to go on as if it had not been killed.
+
+A folder `step-000100` with `state.safetensors` (trained parameters, optimizer, torch's random
+state) and `state.json` (scheduler, other random states, what the run was made of), no pickle. It
+is written under a temporary name and renamed, so a folder of that name is complete. The stock
+resume of transformers is not used: it silently restores the initial weights of fused experts.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from esft.errors import CheckError, EsftError, OutputError
+from esft.files import explain_write_errors, new_folder, read_json, sha256_file, write_json
+
+FORMAT = "esft-checkpoint/1"
+STATE = "state.json"
+TENSORS = "state.safetensors"
+TRAINER = "trainer_state.json"  # the name under which transformers' Trainer looks for its own
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        folder: where it is.
+        step: optimizer steps done.
+    """
+
+    folder: Path
+    step: int
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    trainer: Mapping[str, Any],
+    guard: Mapping[str, Any],
+) -> SavedState:
+    """Write a checkpoint `folder/step-<step>`.
+
+    Args:
+        folder: holds a run's checkpoints.
+        step: optimizer steps done.
+        model: its trainable parameters are saved, nothing else.
+        optimizer: a torch optimizer over these parameters.
+        scheduler: a torch learning-rate scheduler.
+        trainer: the loop's own state, JSON-ready (data position, log history).
+        guard: what must be the same when the run is resumed, see `check_guard`.
+
+    Raises:
+        OutputError: the disk is full or read-only; earlier checkpoints are as they were.
+    """
+    tensors = {f"parameter/{name}": p.detach() for name, p in _trainable(model).items()}
+    packed = optimizer.state_dict()
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, state in packed["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    tensors["random/torch"] = torch.random.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.random.get_rng_state()
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    path = folder / f"step-{step:06d}"
+    with new_folder(path, replace=True) as temporary:
+        with explain_write_errors(path, needed=sum(t.nbytes for t in tensors.values())):
+            try:
+                save_file(tensors, temporary / TENSORS)
+            except SafetensorError as error:  # hides the system's error in its text
+                raise OutputError(f"{path}: cannot write: {error}") from None
+        write_json(temporary / TRAINER, dict(trainer))
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "guard": dict(guard),
+            "scheduler": scheduler.state_dict(),
+            "optimizer": {"groups": packed["param_groups"], "scalars": scalars},
+            "random": {"python": _python_random(), "numpy": _numpy_random()},
+            "sha256": {name: sha256_file(temporary / name) for name in (TENSORS, TRAINER)},
+        }
+        write_json(temporary / STATE, state)
+    return SavedState(path, step)
+
+
+def restore_parameters(saved: SavedState, model: nn.Module) -> None:
+    """Load the trained parameters into a model that was prepared in the same way, in place.
+
+    Raises:
+        CheckError: the checkpoint is damaged, or has other parameters than the model.
+    """
+    _, tensors = _read(saved)
+    found = _trainable(model)
+    stored = {name.partition("/")[2] for name in tensors if name.startswith("parameter/")}
+    if different := sorted(stored ^ set(found)):
+        raise CheckError(f"{saved.folder}: does not fit: parameter {different[0]}")
+    with torch.no_grad():
+        for name, parameter in found.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+
+
+def restore_optimizer(saved: SavedState, optimizer: Any, scheduler: Any) -> None:
+    """Load the optimizer's and the scheduler's state, in place.
+
+    Raises:
+        CheckError: the checkpoint is damaged.
+    """
+    state, tensors = _read(saved)
+    packed: dict[int, dict[str, Any]] = {
+        int(index): dict(values) for index, values in state["optimizer"]["scalars"].items()
+    }
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            index, _, key = rest.partition("/")
+            packed.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": packed, "param_groups": state["optimizer"]["groups"]})
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def restore_random(saved: SavedState) -> None:
+    """Put the random states of Python, NumPy and torch back to where they were.
+
+    Raises:
+        CheckError: the checkpoint is damaged.
+    """
+    state, tensors = _read(saved)
+    version, numbers, gauss = state["random"]["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["random"]["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.random.set_rng_state(tensors["random/torch"])
+    if torch.cuda.is_available() and "random/cuda" in tensors:
+        torch.cuda.random.set_rng_state(tensors["random/cuda"])
+
+
+def last(folder: Path) -> SavedState | None:
+    """Return the checkpoint with the most steps, or None."""
+    return max(_all(folder), key=lambda saved: saved.step, default=None)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` checkpoints with the most steps."""
+    for saved in sorted(_all(folder), key=lambda saved: saved.step)[:-keep]:
+        shutil.rmtree(saved.folder, ignore_errors=True)
+
+
+def check_guard(saved: SavedState, guard: Mapping[str, Any]) -> None:
+    """Refuse to resume a run whose recipe, data, selection or base has changed.
+
+    Raises:
+        EsftError: names each difference.
+    """
+    then, now = _flat(_state(saved)["guard"]), _flat(dict(guard))
+    lines = [
+        f"  {key}: {then.get(key, 'unset')} then, {now.get(key, 'unset')} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    if lines:
+        raise EsftError(f"{saved.folder}: cannot resume, the run has changed:\n" + "\n".join(lines))
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _all(folder: Path) -> list[SavedState]:
+    if not folder.is_dir():
+        return []
+    matches = ((path, _NAME.fullmatch(path.name)) for path in folder.iterdir())
+    return [SavedState(path, int(match[1])) for path, match in matches if match and path.is_dir()]
+
+
+def _state(saved: SavedState) -> dict[str, Any]:
+    try:
+        state = read_json(saved.folder / STATE, "checkpoint")
+    except EsftError as error:
+        raise CheckError(str(error)) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckError(f"{saved.folder / STATE}: not of format {FORMAT}")
+    return state
+
+
+def _read(saved: SavedState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    state = _state(saved)
+    for name, expected in state["sha256"].items():
+        path = saved.folder / name
+        if not path.is_file() or sha256_file(path) != expected:
+            raise CheckError(f"{path}: damaged: not the sha256 in {STATE}; delete this checkpoint")
+    return state, load_file(saved.folder / TENSORS)
+
+
+def _python_random() -> list[Any]:
+    version, numbers, gauss = random.getstate()
+    return [version, list(numbers), gauss]
+
+
+def _numpy_random() -> list[Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return [name, [int(key) for key in keys], int(position), int(has_gauss), float(gauss)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat

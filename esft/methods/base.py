@@ -1,0 +1,53 @@
+"""The contract that every training method keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esft.shards import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+class Method(ABC):
+    """How a run trains a model, and what it saves.
+
+    Loading and merging need no method: a delta says what it is (`esft.delta.attach_delta`,
+    `esft.merging.merge`).
+
+    Attributes:
+        name: as in a recipe.
+    """
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        """Make the model train what the method trains; may wrap it. Draws from torch's RNG."""
+
+    @abstractmethod
+    def save(
+        self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
+    ) -> None:
+        """Write the delta into an existing empty folder.
+
+        Args:
+            model: what `prepare` returned, trained.
+            folder: where to; `files.new_folder` makes it appear complete or not at all.
+            base: the checkpoint that training started from.
+            about: what the manifest says of the run, see `esft.delta.write_delta`.
+
+        Raises:
+            DeltaError: the trained weights do not fit the base, or are not finite.
+            OutputError: the disk is full or read-only.
+        """
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

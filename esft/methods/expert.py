@@ -1,0 +1,46 @@
+"""ESFT: train the selected experts; also its control, in which chance selects them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esft.delta import expert_changes, write_delta
+from esft.experts import attach
+from esft.loading import DTYPES
+from esft.methods.base import Method
+from esft.shards import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from esft.selection import Selection
+
+
+class ExpertMethod(Method):
+    """Train the experts of a selection and nothing else (arXiv 2407.01906).
+
+    Args:
+        selection: which experts.
+        name: `esft`, or `random` for a selection drawn by chance.
+        param_dtype: of the trainable experts, `float32` or `bfloat16`.
+    """
+
+    def __init__(
+        self, selection: Selection, *, name: str = "esft", param_dtype: str = "float32"
+    ) -> None:
+        self.name = name
+        self.selection = selection
+        self.param_dtype = DTYPES[param_dtype]
+
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        """Attach the selection. See `esft.experts.attach`."""
+        return attach(model, self.selection, param_dtype=self.param_dtype)
+
+    def save(
+        self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
+    ) -> None:
+        """Write the selected experts' weights."""
+        write_delta(folder, base, expert_changes(model), about)

@@ -1,0 +1,50 @@
+"""The card of a run: what was trained on what, how, and what came of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jinja2
+
+if TYPE_CHECKING:
+    from esft.recipe import Recipe
+    from esft.selection import Selection
+    from esft.training import RunResult
+
+_CARD = """\
+# {{ recipe.model }}, specialised by {{ result.method }}
+
+| | |
+|---|---|
+| base | `{{ recipe.model }}` |
+| method | {{ result.method }} |
+| training data | `{{ recipe.data.train }}` |
+| steps | {{ result.steps }} |
+| training loss (mean over the steps) | {{ "%.4f" % result.train_loss }} |
+| parameters trained | {{ "{:,}".format(result.trained) }} \
+({{ "%.1f" % (100 * result.trained / result.total) }} % of the model) |
+| size of the delta | {{ "{:,}".format(result.delta_bytes) }} bytes |
+{% if result.evaluation -%}
+| exact match on `{{ recipe.data.eval }}` | {{ "%.3f" % result.evaluation.exact_match }} |
+| loss there | {{ "%.4f" % result.evaluation.loss }} |
+{% endif %}
+{% if selection -%}
+Experts trained, by layer, best first:
+
+| layer | experts |
+|---|---|
+{% for layer, ids in selection.experts.items() -%}
+| {{ layer }} | {{ ids | join(", ") }} |
+{% endfor %}
+{% endif -%}
+`recipe.yaml` states the whole run; `metrics.jsonl` has what was logged. To get an ordinary
+checkpoint:
+
+    esft merge {{ recipe.model }} {{ result.delta }} --out MERGED
+"""
+
+
+def run_card(recipe: Recipe, result: RunResult, selection: Selection | None) -> str:
+    """Return the card of a run as Markdown."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    return environment.from_string(_CARD).render(recipe=recipe, result=result, selection=selection)

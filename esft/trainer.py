@@ -1,0 +1,200 @@
+"""transformers' training loop with esft's own checkpoints, evaluation, metrics and progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from esft import checkpoint
+from esft.data.encode import Example
+from esft.errors import EsftError
+from esft.evaluation import evaluate_model
+from esft.files import append_line, write_text
+from esft.progress import SILENT, Reporter, Task
+
+KEPT_CHECKPOINTS = 2  # unless save_total_limit says otherwise
+
+
+class EsftTrainer(Trainer):
+    """A `transformers.Trainer` whose checkpoints hold what trains, and resume to the same bits.
+
+    Args:
+        checkpoints: folder for checkpoints.
+        guard: what must not change between a run and its resumption, see `checkpoint.check_guard`.
+        metrics: file that gets one JSON line for everything logged.
+        eval_examples: test rows for `evaluate`, or None.
+        reporter: shown the progress.
+        options: as for `Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoints: Path,
+        guard: dict[str, Any],
+        metrics: Path,
+        eval_examples: Sequence[Example] | None = None,
+        reporter: Reporter = SILENT,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.control: TrainerControl
+        self.checkpoints, self.guard = checkpoints, guard
+        self.eval_examples = eval_examples
+        self.tokens_seen = 0
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        self.add_callback(_Metrics(metrics))
+        self.add_callback(_Progress(self, reporter))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
+        """Run one forward and backward pass, counting its tokens."""
+        mask = inputs.get("attention_mask")
+        self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        return super().training_step(model, inputs, *args, **options)
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Score the model on the test rows and log the result.
+
+        Raises:
+            EsftError: there are no test rows.
+        """
+        if not self.eval_examples:
+            raise EsftError("data.eval: evaluation is asked for, but no test set is given")
+        found = evaluate_model(self.model, self.eval_examples)
+        metrics = {
+            "eval_loss": found.loss,
+            "eval_exact_match": found.exact_match,
+            "eval_perplexity": found.perplexity,
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def resume(self) -> Any:
+        """Go on from the last complete checkpoint.
+
+        Raises:
+            EsftError: there is none, or the run has changed.
+            CheckError: the checkpoint is damaged.
+        """
+        found = checkpoint.last(self.checkpoints)
+        if found is None:
+            raise EsftError(f"{self.checkpoints}: no complete checkpoint to resume from")
+        checkpoint.check_guard(found, self.guard)
+        return self.train(resume_from_checkpoint=str(found.folder))
+
+    # Trainer's hooks for checkpoints, all replaced: the stock ones pickle, and restore the
+    # initial weights of fused experts.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint.save(
+            self.checkpoints,
+            step=self.state.global_step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            trainer=dataclasses.asdict(self.state),
+            guard=self.guard,
+        )
+        checkpoint.prune(self.checkpoints, self.args.save_total_limit or KEPT_CHECKPOINTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.restore_parameters(_at(resume_from_checkpoint), model or self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is not None:
+            checkpoint.restore_optimizer(_at(checkpoint_path), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is not None:
+            checkpoint.restore_random(_at(checkpoint_path))
+
+    def _load_scaler(self, checkpoint_path: str | None) -> None:
+        """No gradient scaler is used: fp16 is not trained."""
+
+
+class _Metrics(TrainerCallback):
+    """Writes everything logged to a file; stops a run whose loss is no number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # A resumed run writes the steps after its checkpoint again.
+        if state.global_step and self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if json.loads(x).get("step", 0) <= state.global_step]
+            write_text(self._path, "".join(kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise EsftError(
+                    f"step {state.global_step}: {name} is {value}; the run has diverged and is "
+                    f"stopped; try a lower training.learning_rate"
+                )
+        append_line(self._path, json.dumps({"step": state.global_step, **logs}))
+
+
+class _Progress(TrainerCallback):
+    """Shows steps, loss and tokens/s."""
+
+    def __init__(self, trainer: EsftTrainer, reporter: Reporter) -> None:
+        self._trainer, self._reporter = trainer, reporter
+        self._task = Task()
+        self._figures: dict[str, float] = {}
+        self._tokens = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._task = self._reporter.task("training", total=state.max_steps, unit="step")
+        if state.global_step:
+            self._task.advance(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        shown = {"loss": "loss", "eval_loss": "eval loss", "eval_exact_match": "exact match"}
+        self._figures |= {shown[k]: v for k, v in (logs or {}).items() if k in shown}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        tokens, self._tokens = self._trainer.tokens_seen - self._tokens, self._trainer.tokens_seen
+        self._task.advance(1, tokens=tokens, **self._figures)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._task.close()
+
+
+def _at(folder: str) -> checkpoint.SavedState:
+    return checkpoint.SavedState(Path(folder), 0)
