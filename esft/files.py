@@ -136,7 +136,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                     sync_file(item)
                 elif item.is_dir():
                     sync_folder(item)
-            _swap(temporary, target)
+            _swap(temporary, target, replace=replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -193,9 +193,10 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name[:50]}.{secrets.token_hex(6)}"
 
 
-def _swap(folder: Path, target: Path) -> None:
+def _swap(folder: Path, target: Path, *, replace: bool) -> None:
     """Rename `folder` to `target`; a folder that is there goes, or comes back if that fails."""
-    if not target.is_dir():
+    if not (replace and target.is_dir()):
+        # Fails if another run has put a folder there since we looked.
         os.replace(folder, target)
         return
     retired = _beside(target)

@@ -216,9 +216,7 @@ def save_delta(base: Path, folder: Path) -> Path:
         folder,
         open_checkpoint(base),
         expert_changes(model),
-        method="esft",
-        base_info={"name": str(base)},
-        extra={},
+        {"method": "esft", "base": {"name": str(base)}},
     )
     return folder
 
