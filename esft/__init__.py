@@ -29,7 +29,22 @@ _HOME = {
     "verify": "esft.merging",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "EsftError",
+    "Scores",
+    "Selection",
+    "__version__",
+    "attach",
+    "detach",
+    "evaluate",
+    "generate",
+    "inspect",
+    "merge",
+    "profile",
+    "select",
+    "train",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from esft.errors import EsftError
