@@ -1,0 +1,63 @@
+"""Runs the `esft` command through its entry point, here or in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from esft_cli import main
+
+ROOT = Path(__file__).parents[1]
+Result = subprocess.CompletedProcess[str]
+Argument = str | Path | float
+
+
+def esft(*arguments: Argument) -> Result:
+    """Run `esft ARGUMENTS` in this process, which has torch imported already."""
+    command = ["esft", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main.run()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def esft_process(*arguments: Argument, **environment: str) -> Result:
+    """Run `esft ARGUMENTS` from the source tree in a process of its own, as a user does."""
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "cli", "kernels"))
+    fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "esft_cli", *map(str, arguments)],
+        env={**os.environ, **fixed, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def esft_json(*arguments: Argument) -> Any:
+    """Run `esft ARGUMENTS --json`, which must succeed, and return the object that it printed."""
+    result = esft(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refusal(*arguments: Argument, code: int = 1) -> str:
+    """Run `esft ARGUMENTS`, which must exit with `code` and print one line of error; return it."""
+    result = esft(*arguments)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
