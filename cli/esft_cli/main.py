@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
 import typer
 
+from esft_cli.demo import demo
 from esft_cli.evaluate import evaluate
 from esft_cli.generate import generate
 from esft_cli.inspect import inspect
@@ -27,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("demo")(demo)
 app.command("inspect")(inspect)
 app.command("profile")(profile)
 app.command("select")(select)
@@ -44,6 +47,7 @@ def run() -> None:
     Errors of the user's are one line on stderr; `ESFT_TRACEBACK=1` shows where they were raised.
     """
     _quiet_libraries()
+    _print_anything()
     from esft.errors import EsftError
 
     try:
@@ -59,6 +63,13 @@ def run() -> None:
     except BrokenPipeError:  # `esft ... | head`
         sys.stderr.close()
         sys.exit(0)
+
+
+def _print_anything() -> None:
+    # A letter that the terminal's encoding lacks is shown as its escape instead of a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from typing import Annotated, Any
@@ -44,8 +45,10 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Print one JSON object on stdout; letters are escaped if its encoding may lack them."""
+    encoding = sys.stdout.encoding or "utf-8"  # a text buffer has none and takes every letter
+    ascii_only = codecs.lookup(encoding).name != "utf-8"
+    print(json.dumps(value, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def table(title: str, *columns: str) -> Table:
