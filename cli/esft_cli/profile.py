@@ -59,7 +59,7 @@ def profile(
         facts = {"model": scores.model, "sample": scores.sample, "stability": scores.stability}
         output.print_json({"out": str(out), **facts})
         return
-    table = output.table(f"Scores of {model} on {data}", "", "")
+    table = output.table("scores", "", "")
     table.add_row("tokens counted", f"{output.count(scores.sample['tokens'])} ({count})")
     table.add_row("rows", output.count(scores.sample["sequences"]))
     table.add_row("MoE layers", output.count(len(scores.layers)))

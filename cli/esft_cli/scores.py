@@ -33,7 +33,9 @@ def import_(
     experts: Annotated[
         int | None,
         typer.Option(
-            metavar="E", help="Experts per layer.  [default: the highest one in the logs, plus 1]"
+            metavar="E",
+            show_default="the highest one in the logs, plus 1",
+            help="Experts per layer.",
         ),
     ] = None,
     json: output.Json = False,
@@ -55,7 +57,7 @@ def import_(
             }
         )
         return
-    table = output.table(f"Scores from {path}", "", "")
+    table = output.table("scores", "", "")
     for name, value in (
         ("layers", ", ".join(str(layer) for layer in imported.layers)),
         ("experts per layer", output.count(first.experts)),

@@ -24,8 +24,8 @@ def select(
         str | None,
         typer.Option(
             metavar="token|gate",
-            help="How often tokens choose an expert, or the mean weight they give it.  "
-            "[default: token]",
+            show_default="token",
+            help="How often tokens choose an expert, or the mean weight they give it.",
         ),
     ] = None,
     p: Annotated[
@@ -33,15 +33,17 @@ def select(
         typer.Option(
             "--p",
             metavar="P",
+            show_default="0.2",
             help="Per layer, take the best experts until their scores reach this share of the "
-            "layer's; above 0, at most 1.  [default: 0.2]",
+            "layer's; above 0, at most 1.",
         ),
     ] = None,
     mass: Annotated[
         str | None,
         typer.Option(
             metavar="share|raw",
-            help="What P is a part of: the layer's sum of scores, or 1.  [default: share]",
+            show_default="share",
+            help="What P is a part of: the layer's sum of scores, or 1.",
         ),
     ] = None,
     round: Annotated[
@@ -50,8 +52,9 @@ def select(
     preset: Annotated[
         str | None,
         typer.Option(
-            metavar="official-token|official-gate",
-            help="The official rule, exactly: fixes metric, p, mass and round.",
+            metavar="NAME",
+            help="official-token or official-gate: the official rule, exactly; fixes metric, p, "
+            "mass and round.",
         ),
     ] = None,
     top_n: Annotated[
@@ -100,7 +103,7 @@ def select(
     if json:
         output.print_json({"out": str(out), "rule": selection.rule, "summary": summary.to_dict()})
         return
-    table = output.table(f"Selection from {scores}", "", "")
+    table = output.table("selection", "", "")
     for name, value in (
         ("layers", output.count(summary.layers)),
         (
