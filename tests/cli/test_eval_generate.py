@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from esft_cli import output
 
 import esft as library
 from tests.checkpoints import save_tiny
@@ -72,19 +75,25 @@ def test_help_fits_a_narrow_terminal() -> None:
         assert "\x1b" not in result.stdout
 
 
-def test_letters_that_the_terminal_lacks(checkpoint: Path, tmp_path: Path) -> None:
+def test_letters_that_the_terminal_lacks(checkpoint: Path) -> None:
     prompt = "größer 漢字"
     options = ("generate", checkpoint, "--prompt", prompt, "--max-new-tokens", "40")
     expected = library.generate(checkpoint, prompt, max_new_tokens=40)
     assert not expected.isascii()
-    as_json = esft_process(*options, "--json", PYTHONIOENCODING="ascii")
-    assert json.loads(as_json.stdout) == {"prompt": prompt, "text": expected}
-    as_text = esft_process(*options, PYTHONIOENCODING="ascii")
-    assert as_text.returncode == 0
-    assert as_text.stdout.isascii()
-    missing = esft_process("eval", checkpoint, "--data", tmp_path / "größer", LC_ALL="C")
-    assert missing.returncode == 1
-    assert "no such data file" in missing.stderr
+    result = esft_process(*options, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    escaped = expected.encode("ascii", errors="backslashreplace").decode()
+    assert result.stdout == escaped + "\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_in_any_encoding(encoding: str) -> None:
+    value = {"text": "größer 漢字"}
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with redirect_stdout(stream):
+        output.print_json(value)
+    stream.seek(0)
+    assert json.loads(stream.read()) == value
 
 
 BAD = {
