@@ -126,8 +126,8 @@ class Scores:
         _known_keys(value, _KEYS, where)
         return cls(
             layers=_own_layers(_mapping(value.get("layers"), f"{where}: layers"), where),
-            model=_model(_mapping(value.get("model"), f"{where}: model"), where),
-            sample=dict(_mapping(value.get("sample"), f"{where}: sample")),
+            model=_model(_mapping(value.get("model", {}), f"{where}: model"), where),
+            sample=dict(_mapping(value.get("sample", {}), f"{where}: sample")),
             stability={
                 name: _number(share, f"{where}: stability: {name}")
                 for name, share in _mapping(
