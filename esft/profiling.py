@@ -75,10 +75,14 @@ def profile(
     seq_len = min(seq_len, getattr(text_config(skeleton), "max_position_embeddings", seq_len))
     examples = _draw(rows, load_tokenizer(folder), tokens, seq_len, seed)
     loaded = load_model(folder, device=device, dtype=dtype)
-    scores = profile_model(loaded, examples, count=count, name=str(model), reporter=reporter)
-    stored = getattr(load_config(folder).get_text_config(), "dtype", None)
-    if isinstance(stored, torch.dtype):
-        scores.model["bytes_per_parameter"] = stored.itemsize
+    scores = profile_model(
+        loaded,
+        examples,
+        count=count,
+        name=str(model),
+        bytes_per_parameter=stored_bytes(folder),
+        reporter=reporter,
+    )
     drawn = {"data": str(data), "seq_len": seq_len, "seed": seed}
     return replace(scores, sample=scores.sample | drawn)
 
@@ -89,6 +93,7 @@ def profile_model(
     *,
     count: str = "all",
     name: str | None = None,
+    bytes_per_parameter: int | None = None,
     batch_tokens: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Scores:
@@ -104,6 +109,7 @@ def profile_model(
         examples: the sample.
         count: which tokens count: `all`, or only those of the `prompt` or the `completion`.
         name: what the scores call the model.
+        bytes_per_parameter: of the checkpoint, see `stored_bytes`; None takes those in memory.
         batch_tokens: padded tokens in a batch at most, but at least one row.
         reporter: shown the progress.
 
@@ -150,7 +156,7 @@ def profile_model(
             "parameters": found.total,
             "routed_parameters": found.routed,
             "expert_parameters": found.per_expert,
-            "bytes_per_parameter": model.dtype.itemsize,
+            "bytes_per_parameter": bytes_per_parameter or model.dtype.itemsize,
         },
         sample={
             "count": count,
@@ -159,6 +165,15 @@ def profile_model(
         },
         stability=stability(whole, parts) if len(parts) == HALVES else {},
     )
+
+
+def stored_bytes(folder: Path) -> int | None:
+    """Return the bytes of a parameter in a checkpoint, which a model in memory may not tell.
+
+    None where the checkpoint's configuration does not name a dtype.
+    """
+    dtype = getattr(load_config(folder).get_text_config(), "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 
 
 def stability(
