@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from esft.data.encode import Example
 from esft.errors import DataError, ModelError
 from esft.experts import attach, detach
 from esft.moe import moe_layers
-from esft.profiling import profile_model, stability
+from esft.profiling import profile, profile_model, stability
 from esft.scores import LayerScores, Scores
 from esft.selection import Selection, select
+from tests.checkpoints import save_tiny
 from tests.models import EXPERTS, FAMILIES, TOP_K, VOCAB, tiny
 
 # Name -> family, changes to its configuration.
@@ -139,6 +142,101 @@ def test_a_layer_s_selection_ratios_sum_to_one(family: str) -> None:
         assert (sum(layer.gate) == pytest.approx(1, abs=1e-6)) == normalised
 
 
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": TOP_K,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        # Sigmoid scores, normalised, then times 2.5: the gate value is before that factor.
+        (
+            "deepseek_v3",
+            {
+                "n_routed_experts": EXPERTS,
+                "n_group": 2,
+                "topk_group": 1,
+                "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": 1,
+                "kv_lora_rank": 16,
+                "q_lora_rank": None,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+            },
+        ),
+        # Softmax over the chosen ones only; transposed, interleaved experts with biases.
+        (
+            "gpt_oss",
+            {
+                "num_local_experts": EXPERTS,
+                "head_dim": 16,
+                "layer_types": ["full_attention"] * 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        ("granitemoe", {"num_local_experts": EXPERTS}),
+    ],
+)
+def test_other_routers_that_normalise_give_a_gate_mass_of_one(
+    kind: str, options: dict[str, Any]
+) -> None:
+    config = AutoConfig.for_model(kind, **SMALL | options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    for layer in profile_model(model, rows()).layers.values():
+        assert sum(layer.token) == pytest.approx(1, abs=1e-12)
+        assert sum(layer.gate) == pytest.approx(1, abs=1e-5)
+
+
+def write_rows(path: Path, completions: list[str]) -> Path:
+    lines = [json.dumps({"prompt": "p", "completion": text}) + "\n" for text in completions]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_a_sample_larger_than_the_data_counts_every_token(tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "tiny", "mixtral")
+    data = write_rows(tmp_path / "data.jsonl", ["x" * (n % 5 + 1) for n in range(2300)])
+    # BOS, "p", 1 to 5 bytes, EOS.
+    assert profile(checkpoint, data).sample["tokens"] == 2300 * (3 + 3)
+
+
+def test_every_row_can_be_drawn(tmp_path: Path) -> None:
+    """Also those far down a file that is longer than what is turned into tokens at a time.
+
+    200 rows of one kind or the other: the scores are a mixture of the two kinds' scores, and the
+    weight in it is the share of rows of the second kind.
+    """
+    checkpoint = save_tiny(tmp_path / "tiny", "mixtral")
+    data = write_rows(tmp_path / "data.jsonl", ["a"] * 1500 + ["b"] * 1500)
+    only_b = write_rows(tmp_path / "b.jsonl", ["b"] * 1500)
+    both = profile(checkpoint, data, tokens=800).layers[0].token
+    b = profile(checkpoint, only_b, tokens=800).layers[0].token
+    only_a = write_rows(tmp_path / "a.jsonl", ["a"] * 1500)
+    a = profile(checkpoint, only_a, tokens=800).layers[0].token
+    weight = [(m - x) / (y - x) for m, x, y in zip(both, a, b, strict=True) if abs(y - x) > 0.05]
+    assert weight
+    assert all(0.35 < w < 0.65 for w in weight)
+
+
+def test_rows_longer_than_the_model_can_take_are_cut(tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "tiny", "mixtral")  # its limit is 512 positions
+    data = write_rows(tmp_path / "data.jsonl", ["x" * 600, "x" * 600])
+    assert profile(checkpoint, data).sample["tokens"] == 2 * 512
+    assert profile(checkpoint, data, seq_len=100).sample["tokens"] == 2 * 100
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_counted_the_same_way(family: str) -> None:
     model = tiny(family).to(torch.bfloat16)
@@ -258,8 +356,6 @@ def test_routers_that_choose_no_real_expert_are_refused(change: Any, message: st
 
 
 def test_a_dense_model_is_refused() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(
         "llama",
         vocab_size=VOCAB,
