@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from esft.errors import ModelError
+from esft.errors import ModelError, nearest
 
 TINY_MOE = "tiny-moe"
 TINY_MOE_FOLDER = Path(__file__).parent / "tiny_moe"
@@ -18,6 +20,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What a checkpoint needs to be loaded; pickled weights are never fetched.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*", "LICENSE*"]
+# The same weights once more, in the layout of their maker's own code.
+_HUB_COPIES = ["*/*.safetensors", "consolidated*.safetensors"]
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "merges.txt", "tekken.json", "*.tiktoken")
 
 
 def resolve(model: str | Path) -> Path:
@@ -31,8 +36,14 @@ def resolve(model: str | Path) -> Path:
     """
     if str(model) == TINY_MOE:
         return TINY_MOE_FOLDER
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if not str(model).strip():
+        raise ModelError("no model: give a checkpoint's folder, a hub id, or tiny-moe")
+    try:
+        path = Path(model).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, no such user's home, no access
+        raise ModelError(f"{model}: cannot look for this folder: {error}") from None
+    if is_folder:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json in this folder; not a checkpoint")
         return path
@@ -43,16 +54,34 @@ def resolve(model: str | Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{hub_id}: the hub gives this model only to those who accepted its terms; accept "
+            f"them on its page, then run: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{hub_id}: no such folder, and no such model on the hub (a private one needs: "
+            f"hf auth login)"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"{hub_id}: no such folder, and the hub cannot be reached and has no cached copy here"
+            f"{nearest(hub_id, [TINY_MOE])}"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"{hub_id}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{hub_id}: cannot download this model: {_reason(error)}") from error
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -67,8 +96,9 @@ def pick_device(device: str | None = None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"--device {device}: not usable here: {reason}") from error
+        raise ModelError(f"--device {device}: not usable here: {_reason(error)}") from error
+    if chosen.type == "meta":
+        raise ModelError("--device meta: holds no weights; choose cpu or cuda")
     return chosen
 
 
@@ -101,21 +131,37 @@ def load_model(
         dtype: see `pick_dtype`.
 
     Raises:
-        ModelError: the checkpoint is missing, damaged, pickled, or needs code of its own.
+        ModelError: the checkpoint is missing, damaged, incomplete, pickled, or needs code of its
+            own.
     """
     folder = resolve(model)
     place = pick_device(device)
+    chosen = pick_dtype(dtype, place)
     config = load_config(folder)
-    return _guarded(
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: holds a PEFT adapter (adapter_config.json), which transformers would mix "
+            f"in; merge it into its base first"
+        )
+    loaded, info = _guarded(
         folder,
         lambda: AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=pick_dtype(dtype, place),
+            dtype=chosen,
             device_map=None if place.type == "cpu" else {"": place},
             use_safetensors=True,
-        ).eval(),
+            trust_remote_code=False,
+            output_loading_info=True,
+        ),
     )
+    # transformers fills these with random numbers and goes on.
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{folder}: the checkpoint lacks {len(missing):,} of the model's tensors, among them "
+            f"{missing[0]}; it is incomplete or of another architecture"
+        )
+    return loaded.eval()
 
 
 def load_skeleton(model: str | Path) -> PreTrainedModel:
@@ -127,7 +173,9 @@ def load_skeleton(model: str | Path) -> PreTrainedModel:
     folder = resolve(model)
     config = load_config(folder)
     with torch.device("meta"):
-        return _guarded(folder, lambda: AutoModelForCausalLM.from_config(config))
+        return _guarded(
+            folder, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        )
 
 
 def load_config(folder: Path) -> Any:
@@ -136,7 +184,7 @@ def load_config(folder: Path) -> Any:
     Raises:
         ModelError: it is damaged, of an unknown family, or wants to run code of its own.
     """
-    return _guarded(folder, lambda: AutoConfig.from_pretrained(folder))
+    return _guarded(folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -146,17 +194,43 @@ def load_tokenizer(model: str | Path) -> Any:
         ModelError: the folder holds none, or it cannot be read.
     """
     folder = resolve(model)
-    return _guarded(folder, lambda: AutoTokenizer.from_pretrained(folder))
+    # Without a vocabulary transformers makes an empty tokenizer from the configuration.
+    if not any(next(folder.glob(name), None) for name in _VOCABULARIES):
+        raise ModelError(f"{folder}: no tokenizer in this folder (such as a tokenizer.json)")
+    return _guarded(
+        folder, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), "tokenizer"
+    )
 
 
-def _guarded(folder: Path, load: Any) -> Any:
+def _guarded(folder: Path, load: Callable[[], Any], what: str = "checkpoint") -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise ModelError(f"{folder}: cannot load this checkpoint: {reason}") from error
-    except Exception as error:  # safetensors raises its own type for a damaged file
+    except Exception as error:  # libraries raise all kinds for a damaged file
         if type(error).__module__.startswith("safetensors"):
-            raise ModelError(f"{folder}: a weights file is damaged: {error}") from error
-        raise
+            damaged = next(filter(_is_damaged, sorted(folder.glob("*.safetensors"))), folder)
+            raise ModelError(f"{damaged}: this weights file is damaged: {error}") from error
+        reason = _reason(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own (auto_map), and esft runs none but transformers'"
+        elif "above report" in reason:
+            reason = (
+                "its tensors are not those that its config.json asks for (some are missing, or of "
+                "another shape); TRANSFORMERS_VERBOSITY=warning lists them"
+            )
+        raise ModelError(f"{folder}: cannot load this {what}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, with its type where the message alone says little."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    if isinstance(error, OSError | ValueError | RuntimeError | ImportError | AssertionError):
+        return lines[0] if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *lines[:2]])
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return False
+    except (SafetensorError, OSError):
+        return True
