@@ -46,7 +46,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 constraints: setup
-	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude torch; } > constraints.new
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude torch --exclude pip; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
