@@ -176,7 +176,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, default=Path("build/tiny_moe/corpus"))
     parser.add_argument("--out", type=Path, default=Path("build/tiny_moe/model"))
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True, help="length of the cosine")
+    parser.add_argument("--until", type=int, help="stop after this many of the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -200,7 +201,8 @@ def main() -> None:
         fused=True,
     )
     routers, batches, start = watch_routers(model), Batches(train, args.seed), time.time()
-    for step in range(args.steps):
+    last = min(args.until or args.steps, args.steps)
+    for step in range(last):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps)
         inputs = packing.model_inputs(batches.draw(), tokens.bos_token_id)
@@ -218,7 +220,7 @@ def main() -> None:
             rate = done * BATCH * ROW / (time.time() - start)
             line = {"step": done, "loss": loss.item(), "balance": balance.mean().item()}
             print(json.dumps(line | {"tokens_per_second": round(rate)}), flush=True)
-        if done % SAVE_EVERY == 0 or done == args.steps:
+        if done % SAVE_EVERY == 0 or done == last:
             losses = heldout_loss(model, heldout)
             routers.clear()
             facts = {"steps": args.steps, "done": done, "seed": args.seed, "batch": [BATCH, ROW]}

@@ -63,10 +63,11 @@ pretraining: a chat task has to teach them.
 
 ## Recipe
 
-`examples/tiny_moe/pretrain.py --steps {steps} --seed {seed}` on one CPU thread: {steps:,} steps of
-{batch} rows of {row} tokens ({tokens:.1f} million tokens), AdamW at {rate} with {warm_up} steps of
-warm-up and a cosine, weight decay {decay}, gradients clipped at {clip}, load-balance loss f*P at
-{balance} a layer. Documents are packed and attend to themselves only; each is `<s> ... </s>`.
+`examples/tiny_moe/pretrain.py --steps {schedule} --until {steps} --seed {seed}` on one CPU thread:
+{steps:,} steps of {batch} rows of {row} tokens ({tokens:.1f} million tokens), AdamW at {rate} with
+{warm_up} steps of warm-up and a cosine of {schedule:,} steps, weight decay {decay}, gradients
+clipped at {clip}, load-balance loss f*P at {balance} a layer. Documents are packed and attend to
+themselves only; each is `<s> ... </s>`.
 
 ## Text
 
@@ -150,6 +151,7 @@ def card(model: Path, results: Path) -> str:
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
         steps=pretraining["done"],
+        schedule=pretraining["steps"],
         seed=pretraining["seed"],
         batch=pretrain.BATCH,
         row=pretrain.ROW,

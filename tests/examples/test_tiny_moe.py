@@ -13,6 +13,7 @@ import corpus
 import lines
 import packing
 import pretrain
+import publish
 import pytest
 import tasks
 import texts
@@ -223,6 +224,11 @@ def test_weights_are_small_and_stored_by_expert():
         name = "model.layers.1.mlp.experts.63.down_proj.weight"
         assert weights.get_slice(name).get_shape() == [160, 32]
         assert weights.get_tensor(name).dtype == torch.bfloat16
+
+
+@MODEL
+def test_model_card_states_the_recorded_figures():
+    assert (SHIPPED / "README.md").read_text("utf-8") == publish.card(SHIPPED, publish.RESULTS)
 
 
 # About 15 % above what the shipped model scores on these lines, far below an untrained 7.6 nats.
