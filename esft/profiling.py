@@ -72,8 +72,8 @@ def profile(
     # Loading weights may take minutes: what can fail before it, fails before it.
     skeleton = load_skeleton(folder)
     moe_layers(skeleton)
-    seq_len = min(seq_len, getattr(text_config(skeleton), "max_position_embeddings", seq_len))
-    examples = _draw(rows, load_tokenizer(folder), tokens, seq_len, seed)
+    seq_len = context_length(skeleton, seq_len)
+    examples = sample_rows(rows, load_tokenizer(folder), tokens=tokens, seq_len=seq_len, seed=seed)
     loaded = load_model(folder, device=device, dtype=dtype)
     scores = profile_model(
         loaded,
@@ -167,6 +167,38 @@ def profile_model(
     )
 
 
+def sample_rows(
+    rows: Sequence[Row], tokenizer: Any, *, tokens: int, seq_len: int, seed: int
+) -> list[Example]:
+    """Draw a seeded sample of rows, turning no more of them into tokens than it needs.
+
+    Args:
+        rows: of a task set.
+        tokenizer: the model's.
+        tokens: rows are drawn until they have this many together.
+        seq_len: longer rows are cut to this many tokens.
+        seed: of the order; the same seed and rows give the same sample.
+
+    Raises:
+        DataError: a row cannot be turned into tokens.
+    """
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    examples: list[Example] = []
+    budget = tokens
+    for start in range(0, len(shuffled), _ROWS_ENCODED):
+        if budget <= 0:
+            break
+        encoded = encode_rows(shuffled[start : start + _ROWS_ENCODED], tokenizer)
+        budget -= sum(min(len(example.input_ids), seq_len) for example in encoded)
+        examples += encoded
+    return sample(examples, tokens, seed, seq_len=seq_len)
+
+
+def context_length(model: PreTrainedModel, seq_len: int) -> int:
+    """Return `seq_len`, or the most tokens that the model can take if that is less."""
+    return min(seq_len, getattr(text_config(model), "max_position_embeddings", seq_len))
+
+
 def stored_bytes(folder: Path) -> int | None:
     """Return the bytes of a parameter in a checkpoint, which a model in memory may not tell.
 
@@ -199,20 +231,6 @@ def _check(count: str, tokens: int = TOKENS, seq_len: int = SEQ_LEN) -> None:
     for option, value in (("--tokens", tokens), ("--seq-len", seq_len)):
         if value < 1:
             raise DataError(f"{option} {value}: must be at least 1")
-
-
-def _draw(rows: list[Row], tokenizer: Any, tokens: int, seq_len: int, seed: int) -> list[Example]:
-    """Draw a sample, turning no more rows into tokens than it needs."""
-    random.Random(seed).shuffle(rows)
-    examples: list[Example] = []
-    budget = tokens
-    for start in range(0, len(rows), _ROWS_ENCODED):
-        if budget <= 0:
-            break
-        encoded = encode_rows(rows[start : start + _ROWS_ENCODED], tokenizer)
-        budget -= sum(min(len(example.input_ids), seq_len) for example in encoded)
-        examples += encoded
-    return sample(examples, tokens, seed, seq_len=seq_len)
 
 
 def _counted(example: Example, count: str) -> list[bool]:

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from esft.data.encode import Example, encode_rows
-from esft.data.packing import TrainSet, collate, pack, sample, separate
+from esft.data.packing import TrainSet, collate, pack, separate
 from esft.data.rows import read_rows
 from esft.errors import OutputError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
@@ -24,10 +24,11 @@ from esft.loading import load_model, load_tokenizer, pick_device, resolve
 from esft.methods import ExpertMethod, FullMethod, LoraMethod, Method
 from esft.methods.base import parameters
 from esft.moe import inspect
-from esft.profiling import profile_model
+from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
 from esft.recipe import Recipe, SelectionSpec, make_recipe, read_recipe
 from esft.report.card import run_card
+from esft.scores import Scores
 from esft.selection import Selection, select
 from esft.shards import open_checkpoint
 from esft.trainer import EsftTrainer
@@ -37,18 +38,6 @@ if TYPE_CHECKING:
 
 RECIPE, SELECTION, SCORES = "recipe.yaml", "selection.json", "scores.json"
 METRICS, CHECKPOINTS, DELTA, CARD = "metrics.jsonl", "checkpoints", "delta", "README.md"
-
-# Where a recipe is silent.
-_DEFAULTS = {
-    "save_strategy": "no",
-    "logging_steps": 10,
-    "logging_nan_inf_filter": False,
-    "lr_scheduler_type": "constant",
-    "report_to": "none",
-}
-# What the paper settled on for its 16 B model (arXiv 2407.01906); a small model wants far more.
-_LEARNING_RATES = {"esft": 1e-5, "random": 1e-5, "lora": 1e-4, "full": 3e-5}
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -61,7 +50,7 @@ class RunResult:
         steps: optimizer steps done, earlier parts of a resumed run included.
         seconds: of training, in this process.
         tokens_per_second: tokens trained on, padding included where rows are packed.
-        train_loss: mean over the steps of this process.
+        train_loss: mean over the steps of this process; None if none was left to do.
         trained: parameters that train.
         total: parameters of the model.
         routed: parameters in routed experts.
@@ -76,7 +65,7 @@ class RunResult:
     steps: int
     seconds: float
     tokens_per_second: float
-    train_loss: float
+    train_loss: float | None
     trained: int
     total: int
     routed: int
@@ -120,67 +109,77 @@ def train(
         recipe = read_recipe(recipe)
     elif not isinstance(recipe, Recipe):
         recipe = make_recipe(recipe)
+    saved = None
     if resume:
         if (out / DELTA).exists():
             raise OutputError(f"{out / DELTA}: this run is complete; there is nothing to resume")
+        saved = last(out / CHECKPOINTS)
+        if saved is None:
+            raise EsftError(f"{out / CHECKPOINTS}: no complete checkpoint to resume from")
     else:
         refuse_existing(out)
-    return _Run(recipe, out, resume, reporter).train()
+    return _Run(with_defaults(recipe), out, saved, reporter).train()
 
 
 class _Run:
     """One run: loads what the recipe names, then trains."""
 
-    def __init__(self, recipe: Recipe, out: Path, resume: bool, reporter: Reporter) -> None:
-        self.recipe, self.out, self.resume, self.reporter = recipe, out, resume, reporter
+    def __init__(
+        self, recipe: Recipe, out: Path, saved: SavedState | None, reporter: Reporter
+    ) -> None:
+        self.recipe, self.out, self.saved, self.reporter = recipe, out, saved, reporter
         # What can fail cheaply fails first: arguments, the model's family, data, then weights.
-        self.arguments = _arguments(recipe, out)
+        self.arguments = training_arguments(recipe, out)
         self.folder = resolve(recipe.model)
         self.anatomy = inspect(self.folder)
         self.base = open_checkpoint(self.folder)
+        self.selection = self._given_selection()
         self.tokenizer = load_tokenizer(self.folder)
-        rows = read_rows(recipe.data.train)
-        self.examples = encode_rows(rows, self.tokenizer)
-        self.train_set = _train_set(recipe, self.examples, self.tokenizer, reporter)
+        self.rows = read_rows(recipe.data.train)
+        examples = encode_rows(self.rows, self.tokenizer, reporter=reporter)
+        self.train_set = _train_set(recipe, examples, self.tokenizer, reporter)
         self.eval_examples = (
-            encode_rows(read_rows(recipe.data.eval), self.tokenizer) if recipe.data.eval else None
+            encode_rows(read_rows(recipe.data.eval), self.tokenizer) if recipe.data.eval else []
         )
 
     def train(self) -> RunResult:
         """Do it. See the module's `train`."""
         set_seed(self.arguments.seed)
         model = load_model(self.folder, device=self.recipe.device, dtype=self.recipe.dtype)
-        selection = self._selection(model)
-        method = _method(self.recipe, selection)
-        write_text(self.out / RECIPE, self.recipe.to_yaml())
+        check_vocabulary(self.tokenizer, model, self.folder)
+        scores = None
+        if self.recipe.trains_experts and self.selection is None:
+            scores = self._profile(model)
+            self.selection = select(scores, **self._rule().rule())
+        method = _method(self.recipe, self.selection)
         prepared = method.prepare(model)
         trained = sum(p.numel() for p in parameters(prepared).values())
-        trainer = EsftTrainer(
-            checkpoints=self.out / CHECKPOINTS,
-            guard=self._guard(selection),
-            metrics=self.out / METRICS,
-            eval_examples=self.eval_examples,
-            reporter=self.reporter,
-            model=prepared,
-            args=self.arguments,
-            train_dataset=self.train_set,
-            data_collator=functools.partial(collate, pad_id=_pad_id(self.tokenizer)),
-        )
+        trainer = self._trainer(prepared)
+        # Up to here the input may be at fault, and nothing was written.
+        if self.saved is None:
+            write_text(self.out / RECIPE, self.recipe.to_yaml())
+            if scores is not None:
+                scores.write(self.out / SCORES)
+            if self.selection is not None:
+                self.selection.write(self.out / SELECTION)
         start = time.monotonic()
-        outcome = trainer.resume() if self.resume else trainer.train()
+        outcome = trainer.run(self.saved)
         seconds = time.monotonic() - start
-        evaluation = evaluate_model(prepared, self.eval_examples) if self.eval_examples else None
-        about = self._about(selection, outcome.global_step, evaluation)
+        evaluation = (
+            evaluate_model(prepared, self.eval_examples, reporter=self.reporter)
+            if self.eval_examples
+            else None
+        )
         with new_folder(self.out / DELTA) as folder:
-            method.save(prepared, folder, self.base, about)
+            method.save(prepared, folder, self.base, self._about(outcome.steps, evaluation))
         result = RunResult(
             out=self.out,
             delta=self.out / DELTA,
             method=method.name,
-            steps=outcome.global_step,
+            steps=outcome.steps,
             seconds=seconds,
             tokens_per_second=trainer.tokens_seen / seconds,
-            train_loss=outcome.training_loss,
+            train_loss=outcome.loss,
             trained=trained,
             total=self.anatomy.total,
             routed=self.anatomy.routed,
@@ -188,55 +187,89 @@ class _Run:
             peak_memory=_peak_memory(model.device),
             evaluation=evaluation,
         )
-        write_text(self.out / CARD, run_card(self.recipe, result, selection))
+        write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
         return result
 
-    def _selection(self, model: PreTrainedModel) -> Selection | None:
-        """Read the selection, or profile the model and select; write both beside the run."""
-        recipe = self.recipe
-        if recipe.method in ("lora", "full"):
-            return None
-        if self.resume and (self.out / SELECTION).is_file():
-            return Selection.read(self.out / SELECTION)
-        if isinstance(recipe.selection, str):
-            selection = Selection.read(recipe.selection)
-        else:
-            spec = recipe.selection or SelectionSpec()
-            rule = spec.rule()
-            if recipe.method == "random":
-                rule.setdefault("random", spec.seed)
-            drawn = sample(self.examples, spec.tokens, spec.seed, seq_len=spec.seq_len)
-            scores = profile_model(
-                model, drawn, count=spec.count, name=recipe.model, reporter=self.reporter
+    def _trainer(self, prepared: nn.Module) -> EsftTrainer:
+        try:
+            trainer = EsftTrainer(
+                checkpoints=self.out / CHECKPOINTS,
+                guard=self._guard(),
+                metrics=self.out / METRICS,
+                eval_examples=self.eval_examples,
+                reporter=self.reporter,
+                model=prepared,
+                args=self.arguments,
+                train_dataset=self.train_set,
+                data_collator=functools.partial(collate, pad_id=_pad_id(self.tokenizer)),
             )
-            selection = select(scores, **rule)
-            scores.write(self.out / SCORES)
-        selection.check_against({x.index: x.num_experts for x in self.anatomy.layers})
-        selection.write(self.out / SELECTION)
+            # Now instead of in its `train`: an optimizer may be unknown or not installed.
+            trainer.create_optimizer()
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            raise RecipeError(f"training: {str(error).splitlines()[0]}") from error
+        return trainer
+
+    def _rule(self) -> SelectionSpec:
+        """Return how to profile and select."""
+        spec = self.recipe.selection
+        assert not isinstance(spec, str)  # a file needs no rule
+        spec = spec or SelectionSpec()
+        if self.recipe.method == "random" and spec.random is None:
+            spec = spec.model_copy(update={"random": spec.seed})
+        return spec
+
+    def _given_selection(self) -> Selection | None:
+        """Read the selection where there is one: the recipe's file, or that of the resumed run."""
+        if not self.recipe.trains_experts:
+            return None
+        layers = {layer.index: layer.num_experts for layer in self.anatomy.layers}
+        given = self.recipe.selection
+        if isinstance(given, str):
+            selection = Selection.read(given)
+        elif self.saved is not None:
+            selection = Selection.read(self.out / SELECTION)
+        else:
+            choose_layers(self._rule().layers, layers)  # or fail before profiling
+            return None
+        selection.check_against(layers)
         return selection
 
-    def _guard(self, selection: Selection | None) -> dict[str, Any]:
+    def _profile(self, model: PreTrainedModel) -> Scores:
+        """Profile the model on the training rows, as `esft profile` does."""
+        spec = self._rule()
+        return profile_loaded(
+            model,
+            self.tokenizer,
+            self.rows,
+            tokens=spec.tokens,
+            seq_len=spec.seq_len,
+            seed=spec.seed,
+            count=spec.count,
+            name=self.recipe.model,
+            reporter=self.reporter,
+        )
+
+    def _guard(self) -> dict[str, Any]:
         """Return what must be the same when the run is resumed."""
+        if self.saved is None and self.arguments.save_strategy == "no":
+            return {}  # there will be nothing to resume, so why read all of the base
         # Where files lie may change; what is in them may not.
-        recipe = self.recipe.model_dump(exclude={"device", "model", "data"})
-        headers = {
-            name: f"{entry.dtype} {list(entry.shape)}" for name, entry in self.base.entries.items()
-        }
+        elsewhere = {"device", "model", "data"}
+        if isinstance(self.recipe.selection, str):
+            elsewhere.add("selection")
         data = self.recipe.data
         return {
-            "recipe": recipe,
-            "base": headers,
+            "recipe": self.recipe.model_dump(exclude=elsewhere),
+            "base": fingerprint(self.base),
             "data": data.model_dump(exclude={"train", "eval"})
             | {
                 "train": sha256_file(Path(data.train)),
                 "eval": sha256_file(Path(data.eval)) if data.eval else None,
             },
-            "selection": None if selection is None else selection.to_dict()["experts"],
+            "selection": None if self.selection is None else self.selection.to_dict()["experts"],
         }
 
-    def _about(
-        self, selection: Selection | None, steps: int, evaluation: Evaluation | None
-    ) -> dict[str, Any]:
+    def _about(self, steps: int, evaluation: Evaluation | None) -> dict[str, Any]:
         """Return what the delta's manifest says of the run."""
         about: dict[str, Any] = {
             "method": self.recipe.method,
@@ -251,33 +284,9 @@ class _Run:
                 "evaluation": None if evaluation is None else evaluation.to_dict(),
             },
         }
-        if selection is not None:
-            about["selection"] = selection.to_dict()
+        if self.selection is not None:
+            about["selection"] = self.selection.to_dict()
         return about
-
-
-def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
-    device = pick_device(recipe.device)
-    fields: dict[str, Any] = {
-        "learning_rate": _LEARNING_RATES[recipe.method],
-        **_DEFAULTS,
-        **recipe.training,
-        "output_dir": str(out),
-        "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": device.type != "cpu",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
-    if fields.get("eval_strategy", "no") != "no" and not recipe.data.eval:
-        raise RecipeError("training.eval_strategy: is set, but data.eval names no test set")
-    try:
-        arguments = TrainingArguments(**fields)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"training: {str(error).splitlines()[0]}") from error
-    # One process trains on one device; with several in sight Trainer would split batches.
-    _ = arguments.n_gpu
-    arguments._n_gpu = min(arguments._n_gpu, 1)
-    return arguments
 
 
 def _train_set(
@@ -302,7 +311,7 @@ def _pad_id(tokenizer: Any) -> int:
 
 def _method(recipe: Recipe, selection: Selection | None) -> Method:
     if recipe.method == "lora":
-        return LoraMethod(recipe.lora)
+        return LoraMethod(recipe.lora or LoraSpec())
     if recipe.method == "full":
         return FullMethod()
     assert selection is not None
