@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
@@ -149,6 +150,23 @@ def test_pickled_weights_are_refused_unread(
     assert not canary.exists()
     pickle.loads((checkpoint / name).read_bytes())  # the canary does sing
     assert canary.exists()
+
+
+@pytest.mark.parametrize("part", ["esft", "cli", "kernels"])
+def test_no_code_here_reads_pickles(part: str) -> None:
+    """Nothing imports a module that unpickles, and nothing calls torch.load."""
+    for path in (ROOT / part).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            for name in names:
+                assert name.split(".")[0] not in {"pickle", "dill", "shelve", "joblib"}, path
+                assert name != "torch.load", path
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 100, 5000, -1])
