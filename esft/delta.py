@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esft.errors import DeltaError, EsftError, OutputError
+from esft.errors import DeltaError, EsftError
 from esft.experts import attached_layers
 from esft.files import explain_write_errors, read_json, sha256_file, write_json
 from esft.fingerprint import Fingerprint, check_base, fingerprint
@@ -32,6 +32,7 @@ MANIFEST = "delta.json"
 WEIGHTS = "delta.safetensors"
 BASE = "base.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _TORCH_DTYPES = {
     "F64": torch.float64,
@@ -82,7 +83,7 @@ class Delta:
     @property
     def is_adapter(self) -> bool:
         """Whether it holds a PEFT adapter instead of final weights."""
-        return (self.folder / ADAPTER).is_file()
+        return ADAPTER in self.manifest["files"]
 
 
 def expert_changes(model: PreTrainedModel) -> list[Changed]:
@@ -140,10 +141,7 @@ def write_delta(
             rows[change.name] = list(change.rows)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with explain_write_errors(folder / WEIGHTS, needed=size):
-        try:
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:  # hides the system's error in its text
-            raise OutputError(f"{folder / WEIGHTS}: cannot write {size:,} bytes: {error}") from None
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_manifest(folder, base, {**about, "rows": rows})
 
 
@@ -185,29 +183,12 @@ def read_delta(folder: Path) -> Delta:
             f"{folder}: no {MANIFEST} in this folder; not a delta, or an unfinished one"
         )
     try:
-        manifest = read_json(folder / MANIFEST, "manifest")
-        if manifest.get("format") != FORMAT:
-            raise DeltaError(
-                f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}"
-            )
-        _check_files(folder, manifest["files"])
-        base = read_json(folder / BASE, "file")["tensors"]
-        if not isinstance(base, dict) or not isinstance(manifest["method"], str):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError) as error:
+        delta = _open(folder)
+        _check_fits(delta)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DeltaError(f"{folder / MANIFEST}: incomplete or of the wrong shape") from error
     except EsftError as error:
         raise DeltaError(str(error)) from error
-    if (folder / ADAPTER).is_file():
-        return Delta(folder, manifest, base)
-    delta = Delta(
-        folder,
-        manifest,
-        base,
-        read_header(folder / WEIGHTS),
-        {name: tuple(ids) for name, ids in manifest.get("rows", {}).items()},
-    )
-    _check_fits(delta)
     _check_finite(delta)
     return delta
 
@@ -251,7 +232,34 @@ def _in_base_dtype(change: Changed, base: Checkpoint) -> Tensor:
     return value
 
 
+def _open(folder: Path) -> Delta:
+    manifest = read_json(folder / MANIFEST, "manifest")
+    if manifest.get("format") != FORMAT:
+        raise DeltaError(
+            f"{folder / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}"
+        )
+    _check_files(folder, manifest["files"])
+    base = read_json(folder / BASE, "file")["tensors"]
+    about = (manifest["method"], str), (manifest["base"], dict), (base, dict)
+    if not all(isinstance(value, kind) for value, kind in about):
+        raise TypeError
+    if ADAPTER in manifest["files"]:
+        return Delta(folder, manifest, base)
+    return Delta(
+        folder,
+        manifest,
+        base,
+        read_header(folder / WEIGHTS),
+        {name: tuple(ids) for name, ids in manifest["rows"].items()},
+    )
+
+
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    # Without its safetensors file PEFT would look for an adapter in a pickle.
+    weights = ADAPTER_WEIGHTS if ADAPTER in files else WEIGHTS
+    for name in (BASE, weights):
+        if name not in files:
+            raise DeltaError(f"{folder / MANIFEST}: {name} is not listed under files")
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name:
@@ -260,8 +268,6 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             raise DeltaError(f"{path}: this file of the delta is missing")
         if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
             raise DeltaError(f"{path}: damaged: its sha256 is not the one in {MANIFEST}")
-    if BASE not in files:
-        raise DeltaError(f"{folder / MANIFEST}: {BASE} is not listed under files")
 
 
 def _check_fits(delta: Delta) -> None:
@@ -289,7 +295,8 @@ def _check_fits(delta: Delta) -> None:
 
 
 def _check_finite(delta: Delta) -> None:
-    with safe_open(delta.folder / WEIGHTS, framework="pt") as weights:
-        for name in delta.entries:
+    file = delta.folder / (ADAPTER_WEIGHTS if delta.is_adapter else WEIGHTS)
+    with safe_open(file, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118
             if not torch.isfinite(weights.get_tensor(name)).all():
                 raise DeltaError(f"{delta.folder}: tensor {name} has NaN or infinite values")

@@ -11,11 +11,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from esft.errors import EsftError, OutputError
 
@@ -165,7 +168,13 @@ def explain_write_errors(path: Path, needed: int | None = None) -> Iterator[None
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError):
+            # The library keeps the system's error only in its text.
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None:  # not of the system's: damaged data
+                raise
+            error = OSError(int(found[1]), os.strerror(int(found[1])))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             size = "" if needed is None else f" ({needed:,} bytes needed)"
             raise OutputError(f"{path}: no space left on the disk{size}; nothing kept") from error

@@ -34,14 +34,23 @@ def load(
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, device=device, dtype=dtype)
-    rows = loaded.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} tokens and the model embeds {rows:,}; "
-            f"they do not belong together"
-        )
+    check_vocabulary(tokenizer, loaded, folder)
     if delta is not None:
         from esft.delta import attach_delta
 
         loaded = attach_delta(loaded, folder, Path(delta))
     return loaded, tokenizer
+
+
+def check_vocabulary(tokenizer: Any, model: PreTrainedModel, folder: Path) -> None:
+    """Check that a model embeds every token of its tokenizer.
+
+    Raises:
+        ModelError: it does not; `folder` is named.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} tokens and the model embeds {rows:,}; "
+            f"they do not belong together"
+        )

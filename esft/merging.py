@@ -14,12 +14,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from esft.delta import Delta, attach_delta, read_delta
-from esft.errors import CheckError, OutputError
+from esft.errors import CheckError, DeltaError
 from esft.files import explain_write_errors, new_folder, refuse_existing, write_text
 from esft.fingerprint import check_base, check_hash
-from esft.loading import load_model, load_tokenizer, resolve
+from esft.loading import load_model, resolve
 from esft.progress import SILENT, Reporter
-from esft.shards import Checkpoint, Entry, open_checkpoint, read_blocks
+from esft.shards import INDEX, Checkpoint, Entry, open_checkpoint, read_blocks
 
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
@@ -62,16 +62,14 @@ def merge(
     """
     source, out = resolve(base), Path(out)
     refuse_existing(out)
-    if out.resolve() in (source.resolve(), Path(delta).resolve()):
-        raise OutputError(f"{out}: is the base or the delta itself; choose another --out")
     opened = read_delta(Path(delta))
     checkpoint = open_checkpoint(source)
-    check_base(opened.base, checkpoint, hashes=opened.is_adapter)
+    check_base(opened.base, checkpoint, hashes=False)
     with new_folder(out) as folder:
+        _copy_other_files(source, folder)
         if opened.is_adapter:
             _merge_adapter(source, opened, folder)
         else:
-            _copy_other_files(source, folder)
             size = sum(entry.end - entry.start for entry in checkpoint.entries.values())
             with reporter.task("merge", size, "byte") as task:
                 for file in checkpoint.files:
@@ -97,7 +95,7 @@ def verify(base: str | Path, delta: str | Path, merged: str | Path | None = None
     if merged is None:
         return counted
     if opened.is_adapter:
-        raise CheckError(f"{delta}: an adapter's merge is computed, not copied; cannot compare it")
+        raise DeltaError(f"{delta}: an adapter's merge is computed, not copied; cannot compare it")
     result = open_checkpoint(Path(merged))
     check_layout(checkpoint, result)
     for name, entry in checkpoint.entries.items():
@@ -169,11 +167,10 @@ def _copy_other_files(source: Path, folder: Path) -> None:
 
 
 def _merge_adapter(source: Path, delta: Delta, folder: Path) -> None:
-    model = load_model(source, device="cpu", dtype="checkpoint")
-    attach_delta(model, source, delta.folder)
+    model = attach_delta(load_model(source, device="cpu", dtype="checkpoint"), source, delta.folder)
+    (folder / INDEX).unlink(missing_ok=True)  # of the base's files, which are cut anew
     with explain_write_errors(folder):
         model.save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
 
 
 def _card(base: str | Path, delta: Delta) -> str:

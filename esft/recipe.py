@@ -6,36 +6,24 @@ the fields of `transformers.TrainingArguments`. Relative paths are relative to t
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esft.errors import RecipeError, nearest
+from esft.errors import RecipeError, SelectionError, nearest
 from esft.loading import TINY_MOE
-from esft.selection_rule import METRICS
-
-# Fields of TrainingArguments that esft sets itself or does not honour, and why.
-_NOT_HONOURED = {
-    "output_dir": "the folder is given by --out",
-    "resume_from_checkpoint": "resume with --resume",
-    "use_cpu": "set device: cpu instead",
-    "deepspeed": "a run is one process so far",
-    "fsdp": "a run is one process so far",
-    "fsdp_config": "a run is one process so far",
-    "load_best_model_at_end": "the last step's weights are saved",
-    "push_to_hub": "upload the delta's folder yourself",
-    "auto_find_batch_size": "a batch size found by failing would not be reproducible",
-}
+from esft.recipe_text import Key, Override, Places, parse_override, read_mapping, to_yaml
+from esft.selection_rule import METRICS, make_rule
+from esft.training_fields import check_training
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class SelectionSpec(_Strict):
@@ -81,86 +69,79 @@ class LoraSpec(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole run. Defaults are those of the ESFT paper where it has one (arXiv 2407.01906)."""
+    """A whole run; what is None is chosen when it is trained, see docs/train.md."""
 
     model: str
     method: Literal["esft", "random", "lora", "full"] = "esft"
     selection: str | SelectionSpec | None = None
     data: DataSpec
     training: dict[str, Any] = Field(default_factory=dict)
-    lora: LoraSpec = LoraSpec()
-    dtype: str = "auto"
+    lora: LoraSpec | None = None
+    dtype: Literal["auto", "checkpoint", "float32", "bfloat16", "float16"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
 
+    @property
+    def trains_experts(self) -> bool:
+        """Whether the method trains a selection of experts."""
+        return self.method in ("esft", "random")
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML; reading it gives an equal recipe."""
-        return yaml.safe_dump(
-            self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True
-        )
+        return to_yaml(self.model_dump(exclude_none=True))
 
 
-def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides, such as `training.learning_rate=1e-3`.
+def read_recipe(path: str | Path, overrides: Iterable[str | Override] = ()) -> Recipe:
+    """Read a recipe and apply overrides, such as `training.learning_rate=1e-3`.
 
     Raises:
         RecipeError: the file is missing or not YAML, a key is unknown or its value is wrong; the
             message has the file and line, or the override.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        value = yaml.load(text, Loader=_Loader)
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot read this recipe: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(value, dict):
-        raise RecipeError(f"{path}:1: a recipe is a mapping of keys (model, data, ...)")
-    return make_recipe(value, overrides, where=_Places(path, node), folder=path.parent)
+    value, places = read_mapping(path)
+    return make_recipe(value, overrides, places=places, folder=path.parent)
 
 
 def make_recipe(
     value: Mapping[str, Any],
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str | Override] = (),
     *,
-    where: _Places | None = None,
+    places: Places | None = None,
     folder: Path | None = None,
 ) -> Recipe:
     """Check a recipe given as nested mappings, with overrides applied.
 
     Args:
         value: as read from YAML.
-        overrides: `key=value` with dots between nested keys; values are YAML.
-        where: finds the line of a key for messages.
+        overrides: `key=value` with dots between nested keys and the value in YAML, or parsed.
+        places: finds the line of a key for messages.
         folder: what relative paths in `value` are relative to; those in overrides are relative
             to the working directory.
 
     Raises:
         RecipeError: see `read_recipe`.
     """
-    where = where or _Places(None, None)
-    changed = _deep_copy(value)
+    places = places or Places()
+    changed = _plain(value, (), places)
     if folder is not None:
         _make_paths_absolute(changed, folder)
-    for override in overrides:
-        where.overridden.append(_apply(changed, override))
+    for item in overrides:
+        override = parse_override(item) if isinstance(item, str) else item
+        places.overridden(override)
+        _apply(changed, override, places)
+    _make_paths_absolute(changed, Path.cwd())
     try:
         recipe = Recipe.model_validate(changed)
     except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from None
-    _check_training(recipe.training, where)
-    _check_together(recipe, where)
-    return recipe
+        raise RecipeError(_explain(error, places)) from None
+    _check_together(recipe, places)
+    training = check_training(recipe.training, places)
+    return recipe.model_copy(update={"training": training})
 
 
-def recipe_from_options(model: str, train: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Make a recipe from a model, training rows and `key=value` overrides.
+def recipe_from_options(model: str, train: str, overrides: Iterable[str | Override] = ()) -> Recipe:
+    """Make a recipe from a model, training rows and overrides.
 
     Raises:
         RecipeError: `model` is a recipe itself, or an override is wrong.
@@ -170,118 +151,107 @@ def recipe_from_options(model: str, train: str, overrides: Iterable[str] = ()) -
     return make_recipe({"model": model, "data": {"train": train}}, overrides)
 
 
-def override(key: str, value: Any) -> str:
-    """Return the `key=value` that sets a key to a value."""
-    return f"{key}={json.dumps(value)}"
+def _plain(value: Any, key: Key, places: Places) -> Any:
+    """Copy nested mappings and lists; every value in them must be one that JSON has, too."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item, (*key, str(name)), places) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, key, places) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not (value is None or isinstance(value, bool | int | float | str)):
+        raise RecipeError(f"{places.of(key)}: not text, a number, true or false (got {value!r})")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{places.of(key)}: must be finite (got {value})")
+    return value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as text; people, and YAML 1.2, mean a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-class _Places:
-    """Finds where a key was set: a line of the recipe, or an override."""
-
-    def __init__(self, path: Path | None, node: Any) -> None:
-        self.path, self.node = path, node
-        self.overridden: list[tuple[str, ...]] = []
-
-    def of(self, key: tuple[str, ...]) -> str:
-        """Return `recipe.yaml:3: a.b`, `--set a.b` or `a.b`."""
-        dotted = ".".join(key)
-        if any(key[: len(o)] == o or o[: len(key)] == key for o in self.overridden if key):
-            return f"--set {dotted}"
-        if self.path is None:
-            return dotted or "recipe"
-        return f"{self.path}:{self._line(key)}" + (f": {dotted}" if dotted else "")
-
-    def _line(self, key: tuple[str, ...]) -> int:
-        node, line = self.node, 1
-        for part in key:
-            for name, child in getattr(node, "value", None) or []:
-                if getattr(name, "value", None) == part:
-                    node, line = child, name.start_mark.line + 1
-                    break
-            else:
-                break
-            if not isinstance(node, yaml.MappingNode):
-                break
-        return line
-
-
-def _apply(value: dict[str, Any], override: str) -> tuple[str, ...]:
-    key, equals, text = override.partition("=")
-    parts = tuple(key.split("."))
-    if not equals or not all(parts):
-        raise RecipeError(f"--set {override}: write key=value, such as training.max_steps=100")
-    try:
-        parsed = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not YAML") from None
+def _apply(value: dict[str, Any], override: Override, places: Places) -> None:
     place = value
-    for part in parts[:-1]:
-        if not isinstance(place.get(part), dict):
-            place[part] = {}
-        place = place[part]
-    place[parts[-1]] = parsed
-    return parts
+    for depth, part in enumerate(override.key[:-1], start=1):
+        inner = place.setdefault(part, {})
+        if inner is None:
+            inner = place[part] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(
+                f"{override.source}: contradicts {'.'.join(override.key[:depth])}, which is "
+                f"{inner!r}; leave one of them out"
+            )
+        place = inner
+    place[override.key[-1]] = _plain(override.value, override.key, places)
 
 
-def _explain(error: ValidationError, where: _Places) -> str:
-    first = error.errors()[0]
-    # pydantic adds the branch of a union to the path; keys of the recipe are lower-case.
-    path = tuple(str(p) for p in first["loc"] if str(p) not in ("str", "SelectionSpec"))
-    place = where.of(path)
+def _explain(error: ValidationError, places: Places) -> str:
+    errors = error.errors()
+    # A value that may have one of several types has an error for each; the longest path belongs
+    # to the type that fits best.
+    first = max(
+        (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"])
+    )
+    # pydantic adds these types to the path; keys of a recipe have other names.
+    types = ("str", "int", "list[str]", "SelectionSpec", "LoraSpec")
+    key = tuple(str(part) for part in first["loc"] if part not in types)
+    place = places.of(key)
     if first["type"] == "extra_forbidden":
-        return f"{place}: unknown key{nearest(path[-1], _known(path[:-1]))}"
+        return f"{place}: unknown key{nearest(key[-1], _known(key[:-1]))}"
     if first["type"] == "missing":
-        return f"{where.of(path[:-1])}: the key {'.'.join(path)} is missing"
+        return f"{places.of(key[:-1])}: the key {'.'.join(key)} is missing"
+    if key == ("selection",):
+        return f"{place}: expected a file, or options of esft select (got {first['input']!r})"
+    if first["type"] == "model_type":
+        return f"{place}: expected a mapping of keys (got {first['input']!r})"
     return f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
 
 
-def _known(path: tuple[str, ...]) -> list[str]:
-    sections: dict[tuple[str, ...], type[BaseModel]] = {
+def _known(key: Key) -> list[str]:
+    sections: dict[Key, type[BaseModel]] = {
         ("data",): DataSpec,
         ("selection",): SelectionSpec,
         ("lora",): LoraSpec,
     }
-    return list(sections.get(path, Recipe).model_fields)
+    return list(sections.get(key, Recipe).model_fields)
 
 
-def _check_training(training: Mapping[str, Any], where: _Places) -> None:
-    from transformers import TrainingArguments
-
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key, value in training.items():
-        place = where.of(("training", key))
-        if key not in known:
-            hint = nearest(key, known) or "; training takes the fields of TrainingArguments"
-            raise RecipeError(f"{place}: unknown key{hint}")
-        if key in _NOT_HONOURED and value:
-            raise RecipeError(f"{place}: cannot be set: {_NOT_HONOURED[key]}")
-
-
-def _check_together(recipe: Recipe, where: _Places) -> None:
-    if recipe.method in ("lora", "full") and recipe.selection is not None:
-        raise RecipeError(
-            f"{where.of(('selection',))}: method {recipe.method} trains no selection; "
-            f"leave it out, or use method: esft"
-        )
+def _check_together(recipe: Recipe, places: Places) -> None:
+    if not recipe.trains_experts:
+        if recipe.selection is not None:
+            raise RecipeError(
+                f"{places.of(('selection',))}: method {recipe.method} trains no selection; "
+                f"leave it out, or use method: esft"
+            )
+        if recipe.param_dtype != "float32":
+            raise RecipeError(
+                f"{places.of(('param_dtype',))}: is of selected experts; with method "
+                f"{recipe.method} set dtype"
+            )
+    if recipe.lora is not None and recipe.method != "lora":
+        raise RecipeError(f"{places.of(('lora',))}: is for method: lora, not {recipe.method}")
     if recipe.method == "random" and isinstance(recipe.selection, str):
         raise RecipeError(
-            f"{where.of(('selection',))}: method random draws its own experts, as many as a rule "
-            f"would pick; give the rule ({'|'.join(METRICS)}, p, ...) instead of a file"
+            f"{places.of(('selection',))}: method random draws its own experts, as many as a rule "
+            f"would pick; give the rule (metric: {' or '.join(METRICS)}, p, ...) instead of a file"
         )
+    if isinstance(recipe.selection, SelectionSpec):
+        _check_rule(recipe.selection, places)
+    if recipe.data.eval is None:
+        asked = {"eval_strategy": "no", "eval_on_start": False}
+        for key, silent in asked.items():
+            if recipe.training.get(key, silent) != silent:
+                raise RecipeError(
+                    f"{places.of(('training', key))}: is set, but data.eval names no test set"
+                )
+
+
+def _check_rule(spec: SelectionSpec, places: Places) -> None:
+    """Check the rule now: profiling the model, which comes before its use, may take long."""
+    try:
+        make_rule(**spec.rule())
+    except SelectionError as error:
+        # It speaks of the options of `esft select`, which the recipe has as keys.
+        text = re.sub(r"--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(error))
+        key = re.match(r"\w+", text)
+        assert key is not None  # every message begins with the option
+        raise RecipeError(f"{places.of(('selection', key[0]))}: {text}") from None
 
 
 def _make_paths_absolute(value: dict[str, Any], folder: Path) -> None:
@@ -300,9 +270,3 @@ def _make_paths_absolute(value: dict[str, Any], folder: Path) -> None:
 
 def _absolute(path: str, folder: Path) -> str:
     return str((folder / Path(path).expanduser()).resolve())
-
-
-def _deep_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _deep_copy(item) for key, item in value.items()}
-    return [_deep_copy(item) for item in value] if isinstance(value, list) else value

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,14 +23,26 @@ from esft.progress import SILENT, Reporter, Task
 KEPT_CHECKPOINTS = 2  # unless save_total_limit says otherwise
 
 
+class Trained(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        steps: optimizer steps done, those before a resumption included.
+        loss: mean over the steps of this process; None if there was none left to do.
+    """
+
+    steps: int
+    loss: float | None
+
+
 class EsftTrainer(Trainer):
     """A `transformers.Trainer` whose checkpoints hold what trains, and resume to the same bits.
 
     Args:
         checkpoints: folder for checkpoints.
-        guard: what must not change between a run and its resumption, see `checkpoint.check_guard`.
+        guard: what must not change between a run and its resumption, see `checkpoint.check`.
         metrics: file that gets one JSON line for everything logged.
-        eval_examples: test rows for `evaluate`, or None.
+        eval_examples: test rows for `evaluate`; none if it is never called.
         reporter: shown the progress.
         options: as for `Trainer`.
     """
@@ -41,19 +53,48 @@ class EsftTrainer(Trainer):
         checkpoints: Path,
         guard: dict[str, Any],
         metrics: Path,
-        eval_examples: Sequence[Example] | None = None,
+        eval_examples: Sequence[Example] = (),
         reporter: Reporter = SILENT,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.control: TrainerControl
         self.checkpoints, self.guard = checkpoints, guard
-        self.eval_examples = eval_examples
+        self.metrics, self.eval_examples = metrics, eval_examples
         self.tokens_seen = 0
+        self._progress = _Progress(self, reporter)
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Metrics(metrics))
-        self.add_callback(_Progress(self, reporter))
+        self.add_callback(self._progress)
+
+    def run(self, saved: checkpoint.SavedState | None = None) -> Trained:
+        """Train, from the start or from a checkpoint on.
+
+        Raises:
+            EsftError: the run that is resumed has changed, or training diverged.
+            CheckError: the checkpoint is damaged.
+            OutputError: the disk is full.
+        """
+        try:
+            if saved is None:
+                return self._trained(self.train())
+            checkpoint.check(saved, self.guard)
+            state = TrainerState.load_from_json(str(saved.folder / checkpoint.TRAINER))
+            # Steps after the checkpoint are logged again.
+            write_text(self.metrics, "".join(_line(logs) for logs in state.log_history))
+            if state.global_step >= state.max_steps:
+                # Killed after its last step; transformers would do one more.
+                checkpoint.restore_parameters(saved, self.model)
+                return Trained(state.global_step, None)
+            return self._trained(self.train(resume_from_checkpoint=str(saved.folder)))
+        finally:
+            self._progress.close()
+
+    def _trained(self, outcome: Any) -> Trained:
+        if not outcome.global_step:
+            raise EsftError("training: no step was taken; are there fewer rows than a batch?")
+        return Trained(outcome.global_step, outcome.training_loss)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         """Run one forward and backward pass, counting its tokens."""
@@ -62,13 +103,7 @@ class EsftTrainer(Trainer):
         return super().training_step(model, inputs, *args, **options)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Score the model on the test rows and log the result.
-
-        Raises:
-            EsftError: there are no test rows.
-        """
-        if not self.eval_examples:
-            raise EsftError("data.eval: evaluation is asked for, but no test set is given")
+        """Score the model on the test rows and log the result."""
         found = evaluate_model(self.model, self.eval_examples)
         metrics = {
             "eval_loss": found.loss,
@@ -80,19 +115,6 @@ class EsftTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def resume(self) -> Any:
-        """Go on from the last complete checkpoint.
-
-        Raises:
-            EsftError: there is none, or the run has changed.
-            CheckError: the checkpoint is damaged.
-        """
-        found = checkpoint.last(self.checkpoints)
-        if found is None:
-            raise EsftError(f"{self.checkpoints}: no complete checkpoint to resume from")
-        checkpoint.check_guard(found, self.guard)
-        return self.train(resume_from_checkpoint=str(found.folder))
 
     # Trainer's hooks for checkpoints, all replaced: the stock ones pickle, and restore the
     # initial weights of fused experts.
@@ -130,15 +152,6 @@ class _Metrics(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        # A resumed run writes the steps after its checkpoint again.
-        if state.global_step and self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if json.loads(x).get("step", 0) <= state.global_step]
-            write_text(self._path, "".join(kept))
-
     def on_log(
         self,
         args: TrainingArguments,
@@ -154,7 +167,7 @@ class _Metrics(TrainerCallback):
                     f"step {state.global_step}: {name} is {value}; the run has diverged and is "
                     f"stopped; try a lower training.learning_rate"
                 )
-        append_line(self._path, json.dumps({"step": state.global_step, **logs}))
+        append_line(self._path, _line({**logs, "step": state.global_step}).rstrip())
 
 
 class _Progress(TrainerCallback):
@@ -190,11 +203,14 @@ class _Progress(TrainerCallback):
         tokens, self._tokens = self._trainer.tokens_seen - self._tokens, self._trainer.tokens_seen
         self._task.advance(1, tokens=tokens, **self._figures)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def close(self) -> None:
+        """End what is shown, however training ended."""
         self._task.close()
 
 
 def _at(folder: str) -> checkpoint.SavedState:
-    return checkpoint.SavedState(Path(folder), 0)
+    return checkpoint.SavedState(Path(folder))
+
+
+def _line(logs: dict[str, float]) -> str:
+    return json.dumps({"step": logs["step"], **logs}) + "\n"

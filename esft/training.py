@@ -7,77 +7,44 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from torch import nn
+from transformers import set_seed
 
+from esft.checkpoint import SavedState, last
 from esft.data.encode import Example, encode_rows
+from esft.data.isolation import check_isolation
 from esft.data.packing import TrainSet, collate, pack, separate
 from esft.data.rows import read_rows
-from esft.errors import OutputError, RecipeError
+from esft.errors import EsftError, OutputError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, sha256_file, write_text
-from esft.loading import load_model, load_tokenizer, pick_device, resolve
+from esft.fingerprint import fingerprint
+from esft.inference import check_vocabulary
+from esft.loading import load_model, load_tokenizer, resolve
 from esft.methods import ExpertMethod, FullMethod, LoraMethod, Method
 from esft.methods.base import parameters
 from esft.moe import inspect
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
-from esft.recipe import Recipe, SelectionSpec, make_recipe, read_recipe
+from esft.recipe import LoraSpec, Recipe, SelectionSpec, make_recipe, read_recipe
 from esft.report.card import run_card
+from esft.run_result import RunResult
 from esft.scores import Scores
 from esft.selection import Selection, select
+from esft.selection_rule import choose_layers, make_rule
 from esft.shards import open_checkpoint
 from esft.trainer import EsftTrainer
+from esft.training_fields import training_arguments, with_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECIPE, SELECTION, SCORES = "recipe.yaml", "selection.json", "scores.json"
 METRICS, CHECKPOINTS, DELTA, CARD = "metrics.jsonl", "checkpoints", "delta", "README.md"
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run did; sizes in parameters and bytes, times in seconds.
-
-    Attributes:
-        out: the run's folder.
-        delta: the folder in it that holds what training changed.
-        method: `esft`, `random`, `lora` or `full`.
-        steps: optimizer steps done, earlier parts of a resumed run included.
-        seconds: of training, in this process.
-        tokens_per_second: tokens trained on, padding included where rows are packed.
-        train_loss: mean over the steps of this process; None if none was left to do.
-        trained: parameters that train.
-        total: parameters of the model.
-        routed: parameters in routed experts.
-        delta_bytes: size of the delta's weights on disk.
-        peak_memory: of the device, or of the process on a CPU.
-        evaluation: the trained model on `data.eval`, if given.
-    """
-
-    out: Path
-    delta: Path
-    method: str
-    steps: int
-    seconds: float
-    tokens_per_second: float
-    train_loss: float | None
-    trained: int
-    total: int
-    routed: int
-    delta_bytes: int
-    peak_memory: int
-    evaluation: Evaluation | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready description."""
-        found = {**vars(self), "out": str(self.out), "delta": str(self.delta)}
-        found["evaluation"] = None if self.evaluation is None else self.evaluation.to_dict()
-        return found
 
 
 def train(
@@ -146,6 +113,8 @@ class _Run:
         """Do it. See the module's `train`."""
         set_seed(self.arguments.seed)
         model = load_model(self.folder, device=self.recipe.device, dtype=self.recipe.dtype)
+        if self.train_set.packed:
+            check_isolation(model)
         check_vocabulary(self.tokenizer, model, self.folder)
         scores = None
         if self.recipe.trains_experts and self.selection is None:
@@ -229,7 +198,8 @@ class _Run:
         elif self.saved is not None:
             selection = Selection.read(self.out / SELECTION)
         else:
-            choose_layers(self._rule().layers, layers)  # or fail before profiling
+            # Or fail before profiling.
+            choose_layers(make_rule(**self._rule().rule()).layers, layers)
             return None
         selection.check_against(layers)
         return selection
@@ -237,15 +207,16 @@ class _Run:
     def _profile(self, model: PreTrainedModel) -> Scores:
         """Profile the model on the training rows, as `esft profile` does."""
         spec = self._rule()
-        return profile_loaded(
+        seq_len = context_length(model, spec.seq_len)
+        drawn = sample_rows(
+            self.rows, self.tokenizer, tokens=spec.tokens, seq_len=seq_len, seed=spec.seed
+        )
+        return profile_model(
             model,
-            self.tokenizer,
-            self.rows,
-            tokens=spec.tokens,
-            seq_len=spec.seq_len,
-            seed=spec.seed,
+            drawn,
             count=spec.count,
             name=self.recipe.model,
+            bytes_per_parameter=stored_bytes(self.folder),
             reporter=self.reporter,
         )
 

@@ -19,8 +19,6 @@ from esft_cli.select import select
 from esft_cli.train import train
 from esft_cli.verify import verify
 
-EXIT_INTERRUPTED = 130
-
 app = typer.Typer(
     name="esft",
     help="Specialise a Mixture-of-Experts language model by training only the experts a task uses.",
@@ -44,7 +42,8 @@ app.add_typer(scores_app, name="scores")
 def run() -> None:
     """Run the command line. Exit codes: 0 done, 1 the input is at fault, 2 usage, 3 a check failed.
 
-    Errors of the user's are one line on stderr; `ESFT_TRACEBACK=1` shows where they were raised.
+    130: interrupted (typer sees to it). Errors of the user's are one line on stderr;
+    `ESFT_TRACEBACK=1` shows where they were raised.
     """
     _quiet_libraries()
     _print_anything()
@@ -57,12 +56,6 @@ def run() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `esft ... | head`
-        sys.stderr.close()
-        sys.exit(0)
 
 
 def _print_anything() -> None:

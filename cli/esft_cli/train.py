@@ -10,7 +10,7 @@ import typer
 from esft_cli import output
 
 if TYPE_CHECKING:
-    from esft.training import RunResult
+    from esft.run_result import RunResult
 
 
 def train(
@@ -37,8 +37,12 @@ def train(
     p: Annotated[
         float | None, typer.Option(help="Select up to this cumulative share.", metavar="SHARE")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="training.max_steps", metavar="N")] = None,
-    lr: Annotated[float | None, typer.Option(help="training.learning_rate", metavar="RATE")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps (training.max_steps).", metavar="N")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate (training.learning_rate).", metavar="RATE")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override a recipe's key; repeatable.", metavar="KEY=VALUE"),
@@ -56,19 +60,24 @@ def train(
     each of them, as in --set training.per_device_train_batch_size=4.
     """
     import esft
-    from esft.recipe import override, read_recipe, recipe_from_options
+    from esft.recipe import read_recipe, recipe_from_options
+    from esft.recipe_text import Override
 
     options = {
-        "method": method,
-        "selection": selection,
-        "selection.metric": metric,
-        "selection.p": p,
-        "training.max_steps": steps,
-        "training.learning_rate": lr,
-        "device": device,
-        "data.eval": eval_,
+        "--method": (("method",), method),
+        "--selection": (("selection",), selection),
+        "--metric": (("selection", "metric"), metric),
+        "--p": (("selection", "p"), p),
+        "--steps": (("training", "max_steps"), steps),
+        "--lr": (("training", "learning_rate"), lr),
+        "--device": (("device",), device),
+        "--eval": (("data", "eval"), eval_),
     }
-    chosen = [override(key, value) for key, value in options.items() if value is not None]
+    chosen: list[str | Override] = [
+        Override(option, key, value)
+        for option, (key, value) in options.items()
+        if value is not None
+    ]
     chosen += set_ or []
     if data is None:
         resolved = read_recipe(recipe, chosen)
@@ -85,7 +94,7 @@ def _print(result: RunResult, model: str) -> None:
     table = output.table(f"trained by {result.method}", "", "")
     rows: list[tuple[str, Any]] = [
         ("steps", output.count(result.steps)),
-        ("training loss", f"{result.train_loss:.4f}"),
+        ("training loss", "?" if result.train_loss is None else f"{result.train_loss:.4f}"),
         ("time", f"{result.seconds:.0f} s ({result.tokens_per_second:,.0f} tokens/s)"),
         ("peak memory", output.size(result.peak_memory)),
         (

@@ -31,6 +31,6 @@ def verify(
         return
     console = output.console()
     console.print(f"base: {found.tensors:,} tensors are those that the delta was made from")
-    console.print(f"delta: {found.changed:,} tensors, undamaged")
+    console.print(f"delta: undamaged; replaces {found.changed:,} tensors, whole or in part")
     if found.merged is not None:
         console.print(f"merged: {found.merged:,} tensors are exactly base and delta")

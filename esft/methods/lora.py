@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esft.delta import write_manifest
-from esft.errors import ModelError, RecipeError
+from esft.errors import DeltaError, ModelError, RecipeError
 from esft.files import explain_write_errors
-from esft.methods.base import Method
+from esft.methods.base import Method, parameters
 from esft.moe import moe_layers
 from esft.shards import Checkpoint
 
@@ -64,6 +64,9 @@ class LoraMethod(Method):
         self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
     ) -> None:
         """Write PEFT's adapter files and the manifest that ties them to their base."""
+        for name, parameter in parameters(model).items():
+            if not parameter.isfinite().all():
+                raise DeltaError(f"tensor {name} has NaN or infinite values; training diverged")
         with explain_write_errors(folder):
             model.save_pretrained(folder)  # type: ignore[operator]
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders

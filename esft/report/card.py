@@ -8,8 +8,8 @@ import jinja2
 
 if TYPE_CHECKING:
     from esft.recipe import Recipe
+    from esft.run_result import RunResult
     from esft.selection import Selection
-    from esft.training import RunResult
 
 _CARD = """\
 # {{ recipe.model }}, specialised by {{ result.method }}
@@ -20,7 +20,9 @@ _CARD = """\
 | method | {{ result.method }} |
 | training data | `{{ recipe.data.train }}` |
 | steps | {{ result.steps }} |
+{% if result.train_loss is not none -%}
 | training loss (mean over the steps) | {{ "%.4f" % result.train_loss }} |
+{% endif -%}
 | parameters trained | {{ "{:,}".format(result.trained) }} \
 ({{ "%.1f" % (100 * result.trained / result.total) }} % of the model) |
 | size of the delta | {{ "{:,}".format(result.delta_bytes) }} bytes |
