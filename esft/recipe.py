@@ -183,11 +183,11 @@ def _apply(value: dict[str, Any], override: Override, places: Places) -> None:
 
 def _explain(error: ValidationError, places: Places) -> str:
     errors = error.errors()
-    # A value that may have one of several types has an error for each; the longest path belongs
-    # to the type that fits best.
-    first = max(
-        (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"])
-    )
+    # A misspelt key is unknown and missing; how it is spelt is the better news. Of a value that
+    # may have one of several types, the longest path belongs to the type that fits best.
+    unknown = [e for e in errors if e["type"] == "extra_forbidden"]
+    same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+    first = unknown[0] if unknown else max(same, key=lambda e: len(e["loc"]))
     # pydantic adds these types to the path; keys of a recipe have other names.
     types = ("str", "int", "list[str]", "SelectionSpec", "LoraSpec")
     key = tuple(str(part) for part in first["loc"] if part not in types)
