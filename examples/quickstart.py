@@ -1,6 +1,6 @@
 """The main job in Python: specialise the tiny MoE that ships with esft to a new task.
 
-    python examples/quickstart.py OUT
+python examples/quickstart.py OUT
 """
 
 import sys

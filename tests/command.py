@@ -32,16 +32,21 @@ def esft(*arguments: Argument) -> Result:
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
-def esft_process(*arguments: Argument, **environment: str) -> Result:
+def esft_process(*arguments: Argument, timeout: float = 300, **environment: str) -> Result:
     """Run `esft ARGUMENTS` from the source tree in a process of its own, as a user does."""
+    return python_process("-m", "esft_cli", *arguments, timeout=timeout, **environment)
+
+
+def python_process(*arguments: Argument, timeout: float = 300, **environment: str) -> Result:
+    """Run `python ARGUMENTS` with the source tree importable."""
     path = os.pathsep.join(str(ROOT / part) for part in ("", "cli", "kernels"))
     fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "esft_cli", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         env={**os.environ, **fixed, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 
