@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esft_kernels.bank import ExpertBank, Projection
 from esft_kernels.grouped import grouped_linear, grouped_outer
-from esft_kernels.routing import Segment, split_rows
+from esft_kernels.routing import Segment, route
 
 
 def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) -> Tensor:
@@ -83,45 +83,43 @@ class _MoeMlp(torch.autograd.Function):
         down_bias: Tensor | None,
         bank: ExpertBank,
     ) -> Tensor:
-        T, H = x.shape
-        K = topk_index.shape[1]
-        weight = topk_weight.reshape(-1)
-        segments = split_rows(topk_index, bank.slot, bank.num_selected)
-        # Weighted rows, by their place in the routing: summing them over K is then ordered.
-        rows = x.new_empty(T * K, H, dtype=torch.promote_types(x.dtype, weight.dtype))
-        zs = []
-        for trainable, segment in zip((True, False), segments, strict=True):
-            z = _Linear(bank.up, trainable, x.dtype).forward(x[segment.token], segment.offsets)
+        routing = route(topk_index, bank.slot, bank.num_selected)
+        zs, ys = [], []
+        for trainable, segment in ((True, routing.selected), (False, routing.frozen)):
+            rows = x.index_select(0, segment.token)
+            z = _Linear(bank.up, trainable, x.dtype).forward(rows, segment.offsets)
             a = bank.activation(z)
-            y = _Linear(bank.down, trainable, x.dtype).forward(a, segment.offsets)
-            rows[segment.row] = y * weight[segment.row, None]
+            ys.append(_Linear(bank.down, trainable, x.dtype).forward(a, segment.offsets))
             zs.append(z)
-        ctx.bank, ctx.segments, ctx.top_k = bank, segments, K
+        ctx.bank, ctx.routing = bank, routing
         # The frozen rows' z serves the gradients of x and of the gates only.
         flows = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x, topk_weight, zs[0], zs[1] if flows else None)
-        return rows.view(T, K, H).sum(1).to(x.dtype)
+        wide = torch.promote_types(x.dtype, topk_weight.dtype)
+        out = routing.sum_by_token(_join(ys).to(wide), topk_weight.to(wide))
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, topk_weight, *zs = ctx.saved_tensors
-        bank, (selected, frozen), K = ctx.bank, ctx.segments, ctx.top_k
+        bank, routing = ctx.bank, ctx.routing
         need_x, _, need_gate, need_up, need_down, need_up_bias, need_down_bias, _ = (
             ctx.needs_input_grad
         )
         weight = topk_weight.reshape(-1)
-        dx_rows = x.new_empty(x.shape[0] * K, x.shape[1]) if need_x else None
         d_gate = torch.empty_like(weight) if need_gate else None
 
+        dxs: list[Tensor] = []
         grads: dict[str, Tensor] = {}
-        parts: list[tuple[bool, Segment, Tensor]] = [(True, selected, zs[0])]
+        parts: list[tuple[bool, Segment, Tensor]] = [(True, routing.selected, zs[0])]
         if need_x or need_gate:
-            parts.append((False, frozen, zs[1]))
+            parts.append((False, routing.frozen, zs[1]))
         for trainable, segment, z in parts:
             up = _Linear(bank.up, trainable, x.dtype)
             down = _Linear(bank.down, trainable, x.dtype)
-            gate = weight[segment.row, None]
-            dy = d_out[segment.token]  # before the gate: <dy, y> is the gate's gradient
+            gate = weight.index_select(0, segment.row)[:, None]
+            # Before the gate: <dy, y> is the gate's gradient.
+            dy = d_out.index_select(0, segment.token)
             da = down.input_grad(dy, segment.offsets)
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
@@ -140,15 +138,15 @@ class _MoeMlp(torch.autograd.Function):
                 if need_down_bias:
                     grads["down_bias"] = _group_sum(gated, segment.offsets)
                 if need_up:
-                    grads["up"] = up.weight_grad(x[segment.token], dz, segment.offsets)
+                    rows = x.index_select(0, segment.token)
+                    grads["up"] = up.weight_grad(rows, dz, segment.offsets)
                 if need_up_bias:
                     grads["up_bias"] = _group_sum(dz, segment.offsets)
-            if dx_rows is not None:
-                dx_rows[segment.row] = up.input_grad(dz, segment.offsets)
+            if need_x:
+                dxs.append(up.input_grad(dz, segment.offsets))
 
-        dx = None if dx_rows is None else dx_rows.view(-1, K, x.shape[1]).sum(1)
         return (
-            dx,
+            routing.sum_by_token(_join(dxs)) if need_x else None,
             None,
             None if d_gate is None else d_gate.view_as(topk_weight),
             _like(grads.get("up"), bank.up.trainable),
@@ -157,6 +155,12 @@ class _MoeMlp(torch.autograd.Function):
             _like(grads.get("down_bias"), bank.down.trainable_bias),
             None,
         )
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Put the selected and the frozen rows together, without a copy where one has all of them."""
+    filled = [rows for rows in parts if rows.shape[0]]
+    return filled[0] if len(filled) == 1 else torch.cat(parts)
 
 
 def _group(offsets: Tensor, rows: int) -> Tensor:
