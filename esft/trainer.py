@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from esft import checkpoint
-from esft.data.encode import Example
 from esft.errors import EsftError
 from esft.evaluation import evaluate_model
 from esft.files import append_line, write_text
+from esft.methods.base import parameters
 from esft.progress import SILENT, Reporter, Task
 
 KEPT_CHECKPOINTS = 2  # unless save_total_limit says otherwise
@@ -42,9 +41,8 @@ class EsftTrainer(Trainer):
         checkpoints: folder for checkpoints.
         guard: what must not change between a run and its resumption, see `checkpoint.check`.
         metrics: file that gets one JSON line for everything logged.
-        eval_examples: test rows for `evaluate`; none if it is never called.
         reporter: shown the progress.
-        options: as for `Trainer`.
+        options: as for `Trainer`; `eval_dataset` are examples.
     """
 
     def __init__(
@@ -53,14 +51,13 @@ class EsftTrainer(Trainer):
         checkpoints: Path,
         guard: dict[str, Any],
         metrics: Path,
-        eval_examples: Sequence[Example] = (),
         reporter: Reporter = SILENT,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.control: TrainerControl
         self.checkpoints, self.guard = checkpoints, guard
-        self.metrics, self.eval_examples = metrics, eval_examples
+        self.metrics = metrics
         self.tokens_seen = 0
         self._progress = _Progress(self, reporter)
         for printer in (PrinterCallback, ProgressCallback):
@@ -104,7 +101,7 @@ class EsftTrainer(Trainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Score the model on the test rows and log the result."""
-        found = evaluate_model(self.model, self.eval_examples)
+        found = evaluate_model(self.model, self.eval_dataset)
         metrics = {
             "eval_loss": found.loss,
             "eval_exact_match": found.exact_match,
@@ -120,6 +117,10 @@ class EsftTrainer(Trainer):
     # initial weights of fused experts.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Or it would in time replace the last checkpoint that is worth resuming from.
+        for name, parameter in parameters(self.model).items():
+            if not parameter.isfinite().all():
+                raise _diverged(self.state.global_step, f"{name} has NaN or infinite values")
         checkpoint.save(
             self.checkpoints,
             step=self.state.global_step,
@@ -163,10 +164,7 @@ class _Metrics(TrainerCallback):
         logs = logs or {}
         for name, value in logs.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise EsftError(
-                    f"step {state.global_step}: {name} is {value}; the run has diverged and is "
-                    f"stopped; try a lower training.learning_rate"
-                )
+                raise _diverged(state.global_step, f"{name} is {value}")
         append_line(self._path, _line({**logs, "step": state.global_step}).rstrip())
 
 
@@ -210,6 +208,13 @@ class _Progress(TrainerCallback):
 
 def _at(folder: str) -> checkpoint.SavedState:
     return checkpoint.SavedState(Path(folder))
+
+
+def _diverged(step: int, what: str) -> EsftError:
+    return EsftError(
+        f"step {step}: {what}; the run has diverged and is stopped; try a lower "
+        f"training.learning_rate"
+    )
 
 
 def _line(logs: dict[str, float]) -> str:

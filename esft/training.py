@@ -160,21 +160,24 @@ class _Run:
         return result
 
     def _trainer(self, prepared: nn.Module) -> EsftTrainer:
+        existed = self.out.exists()
         try:
             trainer = EsftTrainer(
                 checkpoints=self.out / CHECKPOINTS,
                 guard=self._guard(),
                 metrics=self.out / METRICS,
-                eval_examples=self.eval_examples,
                 reporter=self.reporter,
                 model=prepared,
                 args=self.arguments,
                 train_dataset=self.train_set,
+                eval_dataset=self.eval_examples,
                 data_collator=functools.partial(collate, pad_id=_pad_id(self.tokenizer)),
             )
             # Now instead of in its `train`: an optimizer may be unknown or not installed.
             trainer.create_optimizer()
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            if not existed and self.out.exists():
+                self.out.rmdir()  # transformers made it; nothing is in it yet
             raise RecipeError(f"training: {str(error).splitlines()[0]}") from error
         return trainer
 

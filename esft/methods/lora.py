@@ -1,23 +1,29 @@
-"""LoRA through PEFT, on every linear layer and on all routed experts."""
+"""LoRA through PEFT: by default on every linear layer but the routers, and on all experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from esft.delta import write_manifest
-from esft.errors import DeltaError, ModelError, RecipeError
+from esft.errors import DeltaError, ModelError, RecipeError, nearest
 from esft.files import explain_write_errors
-from esft.methods.base import Method, parameters
+from esft.methods.base import Method
+from esft.methods.base import parameters as trained_parameters
 from esft.moe import moe_layers
 from esft.shards import Checkpoint
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from esft.recipe import LoraSpec
+
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output's
+_EXPERTS_ONCE = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 class LoraMethod(Method):
@@ -40,31 +46,32 @@ class LoraMethod(Method):
         """
         from peft import LoraConfig, get_peft_model
 
-        targets = self._spec.target_parameters
-        if targets is None:
-            targets = [
-                f"{layer.name}.{name}"
-                for layer in moe_layers(model)
-                for name, weight in layer.experts.named_parameters(recurse=False)
-                if weight.dim() == 3
-            ]
+        spec = self._spec
+        _check_names("target_modules", spec.target_modules, model.named_modules())
+        _check_names("target_parameters", spec.target_parameters, model.named_parameters())
+        modules, parameters = spec.target_modules, spec.target_parameters
+        if modules == ALL_LINEAR:
+            modules, renamed = _linear_layers(model)
+            parameters = [*(_experts(model) if parameters is None else parameters), *renamed]
+        elif parameters is None:
+            parameters = _experts(model)
         config = LoraConfig(
-            r=self._spec.r,
-            lora_alpha=self._spec.alpha,
-            target_modules=self._spec.target_modules,
-            target_parameters=targets,
+            r=spec.r,
+            lora_alpha=spec.alpha,
+            target_modules=modules,
+            target_parameters=parameters,
             task_type="CAUSAL_LM",
         )
         try:
             return get_peft_model(model, config)
         except (ValueError, NotImplementedError) as error:
-            raise RecipeError(f"lora: PEFT refuses: {error}") from error
+            raise RecipeError(f"lora: PEFT refuses: {str(error).splitlines()[0]}") from error
 
     def save(
         self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
     ) -> None:
         """Write PEFT's adapter files and the manifest that ties them to their base."""
-        for name, parameter in parameters(model).items():
+        for name, parameter in trained_parameters(model).items():
             if not parameter.isfinite().all():
                 raise DeltaError(f"tensor {name} has NaN or infinite values; training diverged")
         with explain_write_errors(folder):
@@ -86,3 +93,43 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: this adapter does not fit: {error}") from error
     return merged
+
+
+def _linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Name every linear layer but the output and the routers: as modules, or by their weights.
+
+    PEFT takes the names in `_EXPERTS_ONCE` for experts of an older transformers, whatever layer
+    they name, and would train stacks and routers instead; a weight's own name it leaves alone.
+    """
+    others = [layer.router for layer in moe_layers(model)] + [model.get_output_embeddings()]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(module is other for other in others)
+    ]
+    renamed = [name for name in names if name.rpartition(".")[2] in _EXPERTS_ONCE]
+    kept = [name for name in names if name not in renamed]
+    return kept, [f"{name}.weight" for name in renamed]
+
+
+def _experts(model: PreTrainedModel) -> list[str]:
+    """Name the stacked weights of all routed experts."""
+    return [
+        f"{layer.name}.{name}"
+        for layer in moe_layers(model)
+        for name, weight in layer.experts.named_parameters(recurse=False)
+        if weight.dim() == 3
+    ]
+
+
+def _check_names(
+    key: str, targets: str | list[str] | None, named: Iterable[tuple[str, object]]
+) -> None:
+    """Refuse a target that matches nothing; PEFT does so only if none of them does."""
+    if not isinstance(targets, list):  # a pattern, or ours
+        return
+    names = [name for name, _ in named]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            hint = nearest(target, {name.rpartition(".")[2] for name in names})
+            raise RecipeError(f"lora.{key}: nothing in this model is called {target}{hint}")
