@@ -66,17 +66,15 @@ class EsftTrainer(Trainer):
         self.add_callback(self._progress)
 
     def run(self, saved: checkpoint.SavedState | None = None) -> Trained:
-        """Train, from the start or from a checkpoint on.
+        """Train, from the start or from a checkpoint on, which `checkpoint.check` has passed.
 
         Raises:
-            EsftError: the run that is resumed has changed, or training diverged.
-            CheckError: the checkpoint is damaged.
+            EsftError: training diverged, or no step was taken.
             OutputError: the disk is full.
         """
         try:
             if saved is None:
                 return self._trained(self.train())
-            checkpoint.check(saved, self.guard)
             state = TrainerState.load_from_json(str(saved.folder / checkpoint.TRAINER))
             # Steps after the checkpoint are logged again.
             write_text(self.metrics, "".join(_line(logs) for logs in state.log_history))

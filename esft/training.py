@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from esft.checkpoint import SavedState, last
+from esft.checkpoint import SavedState, check, last
 from esft.data.encode import Example, encode_rows
 from esft.data.isolation import check_isolation
 from esft.data.packing import TrainSet, collate, pack, separate
@@ -108,6 +108,8 @@ class _Run:
         self.eval_examples = (
             encode_rows(read_rows(recipe.data.eval), self.tokenizer) if recipe.data.eval else []
         )
+        if saved is not None:
+            check(saved, self._guard())
 
     def train(self) -> RunResult:
         """Do it. See the module's `train`."""

@@ -1,0 +1,320 @@
+"""A run that was killed and resumed ends with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import esft
+from esft.errors import CheckError, EsftError
+from tests.checkpoints import save_tiny
+from tests.command import ROOT, esft_process
+from tests.killed_training import MOMENTS
+
+STEPS, ROWS = 10, 14  # with batches of 2: 7 an epoch
+KILLED = Path(__file__).parent / "killed_training.py"
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("", "cli", "kernels"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base") / "tiny", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"prompt": f"{n}:", "completion": "abcdefgh"[: 1 + n * 5 % 8]} for n in range(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe(base: Path, train: Path, **changes: Any) -> dict[str, Any]:
+    """A run that draws random numbers while it trains, with a rate that depends on the step."""
+    sections = {"method", "selection", "param_dtype", "model"}
+    return {
+        "model": str(base),
+        "data": {"train": str(train), "max_length": 16, "packing": False} | changes.pop("data", {}),
+        **{key: changes.pop(key) for key in list(changes) if key in sections},
+        "training": {
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "per_device_train_batch_size": 2,
+            "neftune_noise_alpha": 1.0,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "seed": 0,
+        }
+        | changes,
+    }
+
+
+def delta_bytes(run: Path) -> bytes:
+    return next((run / "delta").glob("*.safetensors")).read_bytes()
+
+
+def logged(run: Path) -> list[Any]:
+    """What was logged, less what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train_runtime" not in line]
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Leave of a complete run what one killed after the checkpoint of `step` leaves."""
+    shutil.rmtree(run / "delta")
+    (run / "README.md").unlink()
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(base: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(base, data, gradient_accumulation_steps=2)))
+    result = subprocess.run(
+        [sys.executable, str(KILLED), str(file), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    whole = found.pop("never")
+    assert whole["delta"]
+    assert whole["logged"] == list(range(1, STEPS + 1))
+    assert found.keys() == MOMENTS.keys()
+    resumed = 0
+    for moment, ended in found.items():
+        assert ended["signal"] == signal.SIGKILL, moment
+        assert ended["left"]["delta"] is None, moment
+        if any(name.startswith("step-") for name in ended["left"]["checkpoints"]):
+            resumed += 1
+            # The last two, and no trace of one that was being written.
+            assert ended["checkpoints"] == ["step-000008", "step-000010"], moment
+            assert ended["logged"] == whole["logged"], moment
+            assert ended["delta"] == whole["delta"], moment
+    assert resumed >= 9
+
+
+@pytest.mark.slow
+def test_the_command_killed_and_resumed(base: Path, data: Path, tmp_path: Path) -> None:
+    """Nothing but `esft train`, `kill -9` and `esft train --resume`, each a fresh process."""
+    long = recipe(base, data, max_steps=80, save_steps=5, logging_steps=5)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(long))
+    esft.train(file, tmp_path / "whole")
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "esft_cli", "train", str(file), "--out", str(run)],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list(run.glob("checkpoints/step-*")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "delta").exists()
+    result = esft_process("train", file, "--out", run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert delta_bytes(run) == delta_bytes(tmp_path / "whole")
+    assert logged(run) == logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({}, 4),  # in the middle of an epoch
+        ({"save_steps": 7}, 7),  # at its end
+        ({}, 10),  # only the delta is missing
+        ({"gradient_accumulation_steps": 2, "save_steps": 3}, 3),
+        ({"data": {"packing": True}}, 6),
+        ({"param_dtype": "bfloat16"}, 6),
+        ({"method": "random"}, 6),
+        ({"method": "lora"}, 6),
+        ({"method": "full"}, 6),
+        ({"optim": "adafactor"}, 6),
+        ({"optim": "sgd", "optim_args": "momentum=0.9"}, 6),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 6),
+        ({"save_strategy": "epoch"}, 7),
+    ],
+)
+def test_resumed_from_any_step(
+    base: Path, data: Path, tmp_path: Path, changes: dict[str, Any], step: int
+) -> None:
+    if "eval_strategy" in changes:
+        changes = changes | {"data": {"eval": str(data)}, "eval_steps": 2}
+    wanted = recipe(base, data, save_total_limit=99, **changes)
+    run = tmp_path / "run"
+    esft.train(wanted, run)
+    expected, lines = delta_bytes(run), logged(run)
+    cut_back(run, step)
+    result = esft.train(wanted, run, resume=True)
+    assert delta_bytes(run) == expected
+    assert logged(run) == lines
+    assert result.steps == STEPS
+    assert (result.train_loss is None) == (step == STEPS)
+    assert (run / "README.md").is_file()
+
+
+def test_only_what_trains_is_saved(base: Path, data: Path, tmp_path: Path) -> None:
+    result = esft.train(recipe(base, data), tmp_path / "run")
+    folders = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert folders == ["step-000008", "step-000010"]
+    state = load_file(tmp_path / "run" / "checkpoints" / folders[-1] / "state.safetensors")
+    by_kind: dict[str, int] = {}
+    for name, tensor in state.items():
+        kind = name.partition("/")[0]
+        by_kind[kind] = by_kind.get(kind, 0) + tensor.numel() * (tensor.dim() > 1)
+    assert by_kind["parameter"] == result.trained
+    assert by_kind["optimizer"] == 2 * result.trained
+
+
+@pytest.fixture(scope="module")
+def complete(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a complete run, its recipe, and the files that it was made from."""
+    folder = tmp_path_factory.mktemp("complete")
+    shutil.copytree(base, folder / "base")
+    shutil.copy(data, folder / "train.jsonl")
+    (folder / "selection.json").write_text('{"0": [1, 2], "2": [5]}')
+    wanted = recipe(
+        folder / "base", folder / "train.jsonl", selection=str(folder / "selection.json")
+    )
+    (folder / "recipe.json").write_text(json.dumps(wanted))
+    esft.train(wanted, folder / "run")
+    return folder
+
+
+@pytest.fixture
+def interrupted(complete: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A copy of it, killed after step 8: files may lie elsewhere when a run is resumed."""
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
+    cut_back(tmp_path / "run", 8)
+    text = (tmp_path / "recipe.json").read_text()
+    return tmp_path / "run", json.loads(text.replace(str(complete), str(tmp_path)))
+
+
+def test_files_may_lie_elsewhere(interrupted: tuple[Path, dict[str, Any]], complete: Path) -> None:
+    run, wanted = interrupted
+    assert not wanted["model"].startswith(str(complete))
+    esft.train(wanted, run, resume=True)
+    assert delta_bytes(run) == delta_bytes(complete / "run")
+
+
+def change_rate(wanted: dict[str, Any]) -> None:
+    wanted["training"]["learning_rate"] = 2e-2
+
+
+def change_method(wanted: dict[str, Any]) -> None:
+    wanted["method"] = "full"
+    del wanted["selection"]
+
+
+def change_length(wanted: dict[str, Any]) -> None:
+    wanted["data"]["max_length"] = 17
+
+
+def change_data(wanted: dict[str, Any]) -> None:
+    path = Path(wanted["data"]["train"])
+    path.write_text(path.read_text().replace("abc", "abd"))
+
+
+def change_selection(wanted: dict[str, Any]) -> None:
+    Path(wanted["selection"]).write_text('{"0": [1, 2], "2": [6]}')
+
+
+def change_base(wanted: dict[str, Any]) -> None:
+    file = Path(wanted["model"]) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (change_rate, "  recipe.training.learning_rate: 0.01 then, 0.02 now"),
+        (change_method, "  recipe.method: esft then, full now"),
+        (change_length, "  data.max_length: 16 then, 17 now"),
+        (change_data, "  data.train: "),
+        (change_selection, "  selection.2: [5] then, [6] now"),
+        (change_base, "  base.model.norm.weight.sha256: "),
+    ],
+)
+def test_a_run_that_has_changed_is_not_resumed(
+    interrupted: tuple[Path, dict[str, Any]],
+    change: Callable[[dict[str, Any]], None],
+    difference: str,
+) -> None:
+    run, wanted = interrupted
+    change(wanted)
+    before = files_of(run)
+    with pytest.raises(EsftError, match="step-000008: cannot resume, the run has changed:") as got:
+        esft.train(wanted, run, resume=True)
+    assert got.value.exit_code == 1
+    assert any(line.startswith(difference) for line in str(got.value).splitlines()), got.value
+    assert files_of(run) == before
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "trainer_state.json", "state.json"])
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_checkpoint_is_refused(
+    interrupted: tuple[Path, dict[str, Any]], name: str, damage: Callable[[Path], None]
+) -> None:
+    run, wanted = interrupted
+    damage(run / "checkpoints" / "step-000008" / name)
+    before = files_of(run)
+    with pytest.raises(CheckError, match=name) as caught:
+        esft.train(wanted, run, resume=True)
+    assert caught.value.exit_code == 3
+    assert files_of(run) == before
+
+
+def test_a_line_cut_off_in_the_log_is_no_matter(interrupted: tuple[Path, dict[str, Any]]) -> None:
+    run, wanted = interrupted
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    esft.train(wanted, run, resume=True)
+    assert [line["step"] for line in logged(run)] == list(range(1, STEPS + 1))
+
+
+def test_there_must_be_something_to_resume(base: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(EsftError, match="no complete checkpoint to resume from"):
+        esft.train(recipe(base, data), run, resume=True)
+    assert not run.exists()
+    esft.train(recipe(base, data, max_steps=1, save_strategy="no"), run)
+    with pytest.raises(EsftError, match="this run is complete"):
+        esft.train(recipe(base, data), run, resume=True)
