@@ -205,10 +205,11 @@ def _state(saved: SavedState) -> dict[str, Any]:
 
 
 def _tensors(saved: SavedState, kind: str) -> dict[str, Tensor]:
-    """Read the tensors `kind/NAME`, by NAME."""
+    """Read the tensors `kind/NAME`, by NAME, into memory of their own."""
     with safe_open(saved.folder / TENSORS, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(f"{kind}/")]  # noqa: SIM118
-        return {name.removeprefix(f"{kind}/"): file.get_tensor(name) for name in names}
+        # Else they are views of the file, which the optimizer would keep for the whole run.
+        return {name.removeprefix(f"{kind}/"): file.get_tensor(name).clone() for name in names}
 
 
 def _json(state: Mapping[str, Any]) -> str:

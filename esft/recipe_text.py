@@ -101,6 +101,10 @@ def read_mapping(path: Path) -> tuple[dict[str, Any], Places]:
         raise RecipeError(
             f"{path}: no such recipe; to train a model without a recipe, give --data"
         ) from None
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{path}: a folder, not a recipe; to train a model without a recipe, give --data"
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot read this recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
