@@ -20,9 +20,9 @@ from torch import Tensor
 from esft.errors import DeltaError, EsftError
 from esft.experts import attached_layers
 from esft.files import explain_write_errors, read_json, sha256_file, write_json
-from esft.fingerprint import Fingerprint, check_base, fingerprint
+from esft.fingerprint import Fingerprint, check_base
 from esft.names import parts, write_into
-from esft.shards import Checkpoint, Entry, open_checkpoint, read_header
+from esft.shards import Entry, open_checkpoint, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +114,7 @@ def expert_changes(model: PreTrainedModel) -> list[Changed]:
 
 def write_delta(
     folder: Path,
-    base: Checkpoint,
+    base: Fingerprint,
     changes: Iterable[Changed],
     about: Mapping[str, Any],
 ) -> None:
@@ -124,7 +124,7 @@ def write_delta(
 
     Args:
         folder: where to.
-        base: the checkpoint that training started from.
+        base: fingerprint of the checkpoint that training started from.
         changes: what changed; a tensor that the base does not have is an error.
         about: what the manifest says of the run: `method`, what names the base to a reader
             (`base`: name, model_type, architecture), and any more keys.
@@ -145,24 +145,23 @@ def write_delta(
     write_manifest(folder, base, {**about, "rows": rows})
 
 
-def write_manifest(folder: Path, base: Checkpoint, about: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, base: Fingerprint, about: Mapping[str, Any]) -> None:
     """Write `base.json`, then `delta.json` with the hash of every file in the folder.
 
     Args:
         folder: holds the delta's other files already.
-        base: the checkpoint that training started from; all of it is read and hashed.
+        base: fingerprint of the checkpoint that training started from.
         about: see `write_delta`.
 
     Raises:
         OutputError: the disk is full or read-only.
     """
-    tensors = fingerprint(base)
-    write_json(folder / BASE, {"format": "esft-base/1", "tensors": tensors})
+    write_json(folder / BASE, {"format": "esft-base/1", "tensors": base})
     files = sorted(path for path in folder.iterdir() if path.is_file())
     manifest = {
         "format": FORMAT,
         **about,
-        "base": {**about.get("base", {}), "tensors": len(tensors)},
+        "base": {**about.get("base", {}), "tensors": len(base)},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
         },
@@ -211,22 +210,24 @@ def attach_delta(model: PreTrainedModel, base_folder: Path, folder: Path) -> Pre
     return model
 
 
-def _in_base_dtype(change: Changed, base: Checkpoint) -> Tensor:
-    entry = base.entries.get(change.name)
-    if entry is None:
-        raise DeltaError(f"tensor {change.name} was trained but is not in {base.folder}")
-    if entry.dtype not in _TORCH_DTYPES:
+def _in_base_dtype(change: Changed, base: Fingerprint) -> Tensor:
+    stored = base.get(change.name)
+    if stored is None:
+        raise DeltaError(f"tensor {change.name} was trained but is not in the base")
+    if stored["dtype"] not in _TORCH_DTYPES:
         raise DeltaError(
-            f"tensor {change.name} is stored as {entry.dtype} in {base.folder}; a delta for "
+            f"tensor {change.name} is stored as {stored['dtype']} in the base; a delta for "
             f"quantised weights cannot be written"
         )
-    shape = list(entry.shape) if change.rows is None else [len(change.rows), *entry.shape[1:]]
+    shape = list(stored["shape"])
+    if change.rows is not None:
+        shape[0] = len(change.rows)
     if list(change.value.shape) != shape:
         raise DeltaError(
             f"tensor {change.name} has shape {list(change.value.shape)}, "
-            f"{shape} is expected in {base.folder}"
+            f"{shape} is expected in the base"
         )
-    value = change.value.to(_TORCH_DTYPES[entry.dtype]).cpu().contiguous()
+    value = change.value.to(_TORCH_DTYPES[stored["dtype"]]).cpu().contiguous()
     if not torch.isfinite(value).all():
         raise DeltaError(f"tensor {change.name} has NaN or infinite values; training diverged")
     return value

@@ -99,7 +99,7 @@ class _Run:
         self.arguments = training_arguments(recipe, out)
         self.folder = resolve(recipe.model)
         self.anatomy = inspect(self.folder)
-        self.base = open_checkpoint(self.folder)
+        base = open_checkpoint(self.folder)
         self.selection = self._given_selection()
         self.tokenizer = load_tokenizer(self.folder)
         self.rows = read_rows(recipe.data.train)
@@ -108,6 +108,8 @@ class _Run:
         self.eval_examples = (
             encode_rows(read_rows(recipe.data.eval), self.tokenizer) if recipe.data.eval else []
         )
+        # Read before training: should the base change or vanish meanwhile, nothing is lost.
+        self.base = fingerprint(base)
         if saved is not None:
             check(saved, self._guard())
 
@@ -227,8 +229,6 @@ class _Run:
 
     def _guard(self) -> dict[str, Any]:
         """Return what must be the same when the run is resumed."""
-        if self.saved is None and self.arguments.save_strategy == "no":
-            return {}  # there will be nothing to resume, so why read all of the base
         # Where files lie may change; what is in them may not.
         elsewhere = {"device", "model", "data"}
         if isinstance(self.recipe.selection, str):
@@ -236,7 +236,7 @@ class _Run:
         data = self.recipe.data
         return {
             "recipe": self.recipe.model_dump(exclude=elsewhere),
-            "base": fingerprint(self.base),
+            "base": self.base,
             "data": data.model_dump(exclude={"train", "eval"})
             | {
                 "train": sha256_file(Path(data.train)),

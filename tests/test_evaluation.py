@@ -200,6 +200,7 @@ def test_evaluate_with_a_delta(checkpoint: Path, tmp_path: Path) -> None:
 def save_delta(base: Path, folder: Path) -> Path:
     """Write a delta in which two experts of each layer are different from the base's."""
     from esft.delta import expert_changes, write_delta
+    from esft.fingerprint import fingerprint
     from esft.loading import load_model
     from esft.moe import moe_layers
     from esft.selection import Selection
@@ -214,7 +215,7 @@ def save_delta(base: Path, folder: Path) -> Path:
     folder.mkdir()
     write_delta(
         folder,
-        open_checkpoint(base),
+        fingerprint(open_checkpoint(base)),
         expert_changes(model),
         {"method": "esft", "base": {"name": str(base)}},
     )

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from esft.delta import attach_delta, expert_changes, read_delta, write_delta
 from esft.errors import CheckError, DeltaError, ModelError, OutputError
 from esft.experts import attach, detach
+from esft.fingerprint import fingerprint
 from esft.merging import merge, verify
 from esft.selection import Selection
 from esft.shards import open_checkpoint
@@ -45,7 +46,7 @@ def train_delta(base: Path, folder: Path, experts: dict[int, list[int]] = PICKED
     folder.mkdir(parents=True)
     write_delta(
         folder,
-        open_checkpoint(base),
+        fingerprint(open_checkpoint(base)),
         expert_changes(model),
         {"method": "esft", "base": {"name": "tiny"}},
     )
@@ -262,7 +263,7 @@ def test_a_diverged_model_is_not_written(tmp_path):
     with pytest.raises(DeltaError, match=r"layers\.1\.mlp\.experts\.0\.\w+\.weight has NaN"):
         write_delta(
             tmp_path / "delta",
-            open_checkpoint(base),
+            fingerprint(open_checkpoint(base)),
             expert_changes(model),
             {"method": "esft"},
         )

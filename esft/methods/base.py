@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.shards import Checkpoint
+from esft.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,14 +32,14 @@ class Method(ABC):
 
     @abstractmethod
     def save(
-        self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
+        self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
         """Write the delta into an existing empty folder.
 
         Args:
             model: what `prepare` returned, trained.
             folder: where to; `files.new_folder` makes it appear complete or not at all.
-            base: the checkpoint that training started from.
+            base: fingerprint of the checkpoint that training started from.
             about: what the manifest says of the run, see `esft.delta.write_delta`.
 
         Raises:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from esft.delta import expert_changes, write_delta
 from esft.experts import attach
+from esft.fingerprint import Fingerprint
 from esft.loading import DTYPES
 from esft.methods.base import Method
-from esft.shards import Checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ class ExpertMethod(Method):
         return attach(model, self.selection, param_dtype=self.param_dtype)
 
     def save(
-        self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
+        self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
         """Write the selected experts' weights."""
         write_delta(folder, base, expert_changes(model), about)

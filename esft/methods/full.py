@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esft.delta import Changed, write_delta
+from esft.fingerprint import Fingerprint
 from esft.methods.base import Method
 from esft.names import disk_tensors
-from esft.shards import Checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,10 +26,8 @@ class FullMethod(Method):
         return model.requires_grad_(True)
 
     def save(
-        self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
+        self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
         """Write every tensor that the base stores; tied copies are not among them."""
-        changes = [
-            Changed(name, tensor) for name, tensor in disk_tensors(model) if name in base.entries
-        ]
+        changes = [Changed(name, tensor) for name, tensor in disk_tensors(model) if name in base]
         write_delta(folder, base, changes, about)

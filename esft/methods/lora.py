@@ -11,10 +11,10 @@ from torch import nn
 from esft.delta import write_manifest
 from esft.errors import DeltaError, ModelError, RecipeError, nearest
 from esft.files import explain_write_errors
+from esft.fingerprint import Fingerprint
 from esft.methods.base import Method
 from esft.methods.base import parameters as trained_parameters
 from esft.moe import moe_layers
-from esft.shards import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ class LoraMethod(Method):
             raise RecipeError(f"lora: PEFT refuses: {str(error).splitlines()[0]}") from error
 
     def save(
-        self, model: nn.Module, folder: Path, base: Checkpoint, about: Mapping[str, Any]
+        self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
         """Write PEFT's adapter files and the manifest that ties them to their base."""
         for name, parameter in trained_parameters(model).items():
