@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esft.data.batching import batches, padded
 from esft.data.encode import Example, encode_rows
 from esft.data.rows import read_rows
 from esft.errors import DataError, EsftError, ModelError
@@ -130,7 +131,8 @@ def evaluate_model(
     loss = 0.0
     try:
         with torch.no_grad(), reporter.task("scoring", len(examples), "row") as task:
-            for batch in _batches(examples, batch_tokens):
+            for rows in batches([len(example.input_ids) for example in examples], batch_tokens):
+                batch = [examples[row] for row in rows]
                 rows_right, batch_loss = _score(model, batch)
                 if not math.isfinite(batch_loss):
                     raise ModelError(
@@ -150,31 +152,12 @@ def evaluate_model(
     return Evaluation(rows=len(examples), tokens=tokens, matched=matched, loss=loss / tokens)
 
 
-def _batches(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[Example]]:
-    """Group rows of like length, the longest first: lack of memory shows at once."""
-    batch: list[Example] = []
-    longest = 0
-    for example in sorted(examples, key=lambda e: -len(e.input_ids)):
-        longest = longest or len(example.input_ids)
-        if batch and longest * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch, longest = [], len(example.input_ids)
-        batch.append(example)
-    yield batch
-
-
 def _score(model: Any, batch: list[Example]) -> tuple[int, float]:
     """Return how many rows of a batch match, and the sum of their tokens' losses."""
     device = model.device
-    longest = max(len(example.input_ids) for example in batch)
-    ids_BS = torch.zeros(len(batch), longest, dtype=torch.int64)
-    real_BS = torch.zeros_like(ids_BS)
-    answer_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
-    for row, example in enumerate(batch):
-        length = len(example.input_ids)
-        ids_BS[row, :length] = torch.tensor(example.input_ids)
-        real_BS[row, :length] = 1
-        answer_BS[row, 1:length] = torch.tensor(example.completion[1:], dtype=torch.bool)
+    ids_BS, real_BS = padded([example.input_ids for example in batch])
+    # Nothing predicts the first token.
+    answer_BS = padded([[False, *example.completion[1:]] for example in batch])[0].bool()
     # The logits at a position predict the token after it.
     predicts_BS = answer_BS.roll(-1, dims=1)
     kept_P = predicts_BS.any(dim=0).nonzero().squeeze(1)

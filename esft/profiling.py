@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from esft.data.batching import batches, padded
 from esft.data.encode import Example, encode_rows
 from esft.data.packing import sample
 from esft.data.rows import Row, read_rows
@@ -125,18 +125,18 @@ def profile_model(
         raise DataError(f"--count {count}: no token of the sample counts")
     device = model.device
     size = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
-    batches = _batches([len(example.input_ids) for example in examples], size)
+    lengths = [len(example.input_ids) for example in examples]
     sums = RoutingSums(found.layers)
     with (
         _evaluating(model),
         sums.hooked(),
         reporter.task("profiling", total=len(examples), unit="row") as task,
     ):
-        for rows in batches:
-            ids, attention = _padded([examples[row].input_ids for row in rows])
+        for rows in batches(lengths, size):
+            ids, attention = padded([examples[row].input_ids for row in rows])
             # Every other row goes to the second half of the sample.
             half = [[row % HALVES if c else NOT_COUNTED for c in masks[row]] for row in rows]
-            sums.half_T = _padded(half, NOT_COUNTED)[0].flatten().to(device)
+            sums.half_T = padded(half, NOT_COUNTED)[0].flatten().to(device)
             # The base model: no logits, which cost more than the experts do in a small model.
             model.base_model(
                 input_ids=ids.to(device),
@@ -237,29 +237,6 @@ def _counted(example: Example, count: str) -> list[bool]:
     if count == "all":
         return [True] * len(example.input_ids)
     return [answer == (count == "completion") for answer in example.completion]
-
-
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield rows in batches of at most `size` padded tokens, longest first, at least one row."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        # The first row of a batch is its longest: memory is highest at the start, not in the end.
-        if batch and lengths[batch[0]] * (len(batch) + 1) > size:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Return rows padded on the right, and where they are not padding; both `[B, S]`, int64."""
-    values = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
-    real = torch.zeros_like(values)
-    for place, row in enumerate(rows):
-        values[place, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        real[place, : len(row)] = 1
-    return values, real
 
 
 @contextmanager
