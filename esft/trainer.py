@@ -16,6 +16,7 @@ from esft import checkpoint
 from esft.errors import EsftError
 from esft.evaluation import evaluate_model
 from esft.files import append_line, write_text
+from esft.labelled import labelled_logits
 from esft.methods.base import parameters
 from esft.progress import SILENT, Reporter, Task
 
@@ -96,6 +97,16 @@ class EsftTrainer(Trainer):
         mask = inputs.get("attention_mask")
         self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return super().training_step(model, inputs, *args, **options)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any
+    ) -> Any:
+        """Return the loss, with logits for labelled tokens only."""
+        # Label smoothing computes its own loss from all logits.
+        if self.label_smoother is not None or not self.model_accepts_loss_kwargs:
+            return super().compute_loss(model, inputs, return_outputs, **options)
+        with labelled_logits(self.model, inputs) as batch:
+            return super().compute_loss(model, batch, return_outputs, **options)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Score the model on the test rows and log the result."""
