@@ -1,4 +1,7 @@
-"""Tiny random models for tests, one per family; their routers do not send all tokens one way."""
+"""Tiny random models for tests, one per family; their routers do not send all tokens one way.
+
+No side of an expert's matrices equals another (H, I, 2I): where they are swapped, it must not fit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 # The four families that the issue asks for; every test over families runs through these.
 FAMILIES = ("deepseek_v2", "qwen3_moe", "mixtral", "olmoe")
 
-VOCAB, HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 64, 32, 16, 8, 2, 3
+VOCAB, HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 64, 32, 24, 8, 2, 3
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -52,6 +55,17 @@ _FAMILY: dict[str, dict[str, Any]] = {
     # Not among `FAMILIES`: layouts that differ on disk (fused) or in memory (transposed, biases).
     "gpt_oss": {"head_dim": 16, "intermediate_size": INNER, "num_local_experts": EXPERTS},
     "granitemoe": {"intermediate_size": INNER, "num_local_experts": EXPERTS},
+    # Experts without a gate.
+    "nemotron_h": {
+        "layers_block_type": ["attention", "moe", "moe"],
+        "head_dim": 16,
+        "moe_intermediate_size": INNER,
+        "moe_shared_expert_intermediate_size": INNER,
+        "n_routed_experts": EXPERTS,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+    },
     "olmoe": {"intermediate_size": INNER, "num_experts": EXPERTS, "norm_topk_prob": False},
 }
 

@@ -20,7 +20,7 @@ from esft.profiling import profile, profile_model, stability
 from esft.scores import LayerScores, Scores
 from esft.selection import Selection, select
 from tests.checkpoints import save_tiny
-from tests.models import EXPERTS, FAMILIES, TOP_K, VOCAB, tiny
+from tests.models import EXPERTS, FAMILIES, HIDDEN, INNER, TOP_K, VOCAB, tiny
 
 # Name -> family, changes to its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -275,8 +275,8 @@ def test_model_and_sample_are_described() -> None:
         "model_type": "deepseek_v2",
         "architecture": "DeepseekV2ForCausalLM",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "routed_parameters": 2 * EXPERTS * 3 * 16 * 32,
-        "expert_parameters": 3 * 16 * 32,
+        "routed_parameters": 2 * EXPERTS * 3 * INNER * HIDDEN,
+        "expert_parameters": 3 * INNER * HIDDEN,
         "bytes_per_parameter": 4,
     }
     answers = 1 + 5 + 13 + 0 + 3 + 7
@@ -374,6 +374,6 @@ def test_selection_from_a_profile_fits_the_model() -> None:
     selection: Selection = select(profile_model(model, rows()), budget="10%")
     selection.check_against({layer.index: layer.num_experts for layer in moe_layers(model)})
     summary = selection.summary()
-    assert summary.parameters == summary.experts * 3 * 16 * 32
+    assert summary.parameters == summary.experts * 3 * INNER * HIDDEN
     assert summary.share_of_model is not None
     assert summary.share_of_model <= 0.1
