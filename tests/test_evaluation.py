@@ -209,9 +209,10 @@ def save_delta(base: Path, folder: Path) -> Path:
     model = load_model(base)
     chosen = {layer.index: [1, 3] for layer in moe_layers(model)}
     esft.attach(model, Selection(experts=chosen))
+    generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
     folder.mkdir()
     write_delta(
         folder,

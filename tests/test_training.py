@@ -354,6 +354,21 @@ def test_lora_merged_is_the_model_with_its_adapter(data: Path, tmp_path: Path, f
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "</s>"
 
 
+def test_tied_embeddings_stay_tied(data: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    assert "lm_head.weight" not in weights(folder)
+    result = esft.train(recipe(folder, data, method="full", max_steps=2), tmp_path / "run")
+    assert result.trained == sum(tensor.numel() for tensor in weights(folder).values())
+    merged = esft.merge(folder, result.delta, tmp_path / "merged")
+    assert esft.verify(folder, result.delta, merged).merged == len(weights(folder))
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(weights(merged)[name], weights(folder)[name])
+
+
 def test_a_run_that_diverges_is_stopped(base: Path, data: Path, tmp_path: Path) -> None:
     for name, steps in (("logged", 1), ("unlogged", 100)):
         wanted = recipe(base, data, method="full", learning_rate=1e20, logging_steps=steps)
