@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, HIDDEN, INNER, tiny
-from training_loop import batches, train_steps
 
 from esft.errors import ModelError, SelectionError
-from esft.experts import attach, attached_layers, detach, trainable_parameters
-from esft.moe import moe_layers
+from esft.experts import attach, attached_layers, detach
+from esft.moe import moe_layers, trainable_parameters
 from esft.selection import Selection
+from tests.models import FAMILIES, HIDDEN, INNER, tiny
+from tests.training_loop import batches, train_steps
 
 PICKED = {1: [5, 0], 2: [3]}
 
@@ -85,7 +85,7 @@ def test_nothing_but_the_selection_moves(family):
 
 def test_gradients_and_optimizer_state_exist_for_selected_experts_only():
     model = attach(tiny("qwen3_moe"), selection())
-    parameters = dict(trainable_parameters(model))
+    parameters = trainable_parameters(model)
     ids = batches(1)[0]
     model(input_ids=ids, labels=ids).loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -103,9 +103,9 @@ def test_bf16_model_keeps_an_fp32_bank_and_small_updates():
     """At 1e-5 a bf16 parameter near 0.2 cannot move: half a unit in the last place is 5e-4."""
     model = tiny("qwen3_moe").to(torch.bfloat16)
     attach(model, selection())
-    before = {name: p.detach().clone() for name, p in trainable_parameters(model)}
+    before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     train_steps(model, 5, lr=1e-5)
-    for name, parameter in trainable_parameters(model):
+    for name, parameter in trainable_parameters(model).items():
         assert parameter.dtype == torch.float32
         assert (parameter != before[name]).float().mean() > 0.9, name
 
@@ -144,7 +144,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             model.gradient_checkpointing_enable()
         ids = batches(1)[0]
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        grads.append([p.grad for _, p in trainable_parameters(model)])
+        grads.append([p.grad for p in trainable_parameters(model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -155,6 +155,43 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_a_selection_that_does_not_fit_is_refused(experts, message):
     with pytest.raises(SelectionError, match=message):
         attach(tiny("mixtral"), selection(experts))
+
+
+@pytest.mark.parametrize("field", ["shared_experts", "non_expert_modules"])
+def test_a_selection_of_more_than_routed_experts_is_refused(field):
+    model = tiny("deepseek_v2")
+    with pytest.raises(SelectionError, match=f"{field}.* cannot be trained yet"):
+        attach(model, Selection(experts={1: [0]}, **{field: True}))
+    assert all(parameter.requires_grad for parameter in model.parameters())  # left as it was
+
+
+def test_stacks_that_cannot_train_are_refused():
+    """As a quantiser leaves them: int8 numbers, or experts packed along another dimension."""
+    for change, message in (
+        (lambda stack: stack.to(torch.int8), r"shape \[8, 32, 24\], torch\.int8"),
+        (lambda stack: stack.reshape(16, 16, 24), r"shape \[16, 16, 24\]"),
+    ):
+        model = tiny("qwen3_moe")
+        experts = moe_layers(model)[2].experts
+        stack = change(experts.down_proj.detach())
+        experts.down_proj = torch.nn.Parameter(stack, requires_grad=False)
+        with pytest.raises(
+            ModelError, match=r"layers\.2\.mlp\.experts\.down_proj: not a float"
+        ) as e:
+            attach(model, selection())
+        assert e.match(message)
+        assert not any(hasattr(layer.experts, "esft") for layer in moe_layers(model))
+
+
+def test_experts_that_do_more_than_the_interface_tells_are_refused():
+    for flag, message in (
+        ("has_post_expert_norm", "a norm after them"),
+        ("_is_expert_parallel", "expert parallelism"),
+    ):
+        model = tiny("mixtral")
+        setattr(moe_layers(model)[1].experts, flag, True)
+        with pytest.raises(ModelError, match=rf"layers\.1\.mlp\.experts: .*{message}"):
+            attach(model, selection())
 
 
 def test_attaching_twice_and_detaching_nothing_are_refused():

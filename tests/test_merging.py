@@ -10,47 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, tiny
 from safetensors.torch import load_file, save_file
-from training_loop import batches, train_steps
-from transformers import AutoModelForCausalLM
 
 from esft.delta import attach_delta, expert_changes, read_delta, write_delta
 from esft.errors import CheckError, DeltaError, ModelError, OutputError
-from esft.experts import attach, detach
+from esft.experts import attach
 from esft.fingerprint import fingerprint
 from esft.merging import merge, verify
 from esft.selection import Selection
 from esft.shards import open_checkpoint
+from tests.deltas import PICKED, load, save_base, train_delta
+from tests.models import FAMILIES
+from tests.training_loop import batches
 
 PLAIN = Path(__file__).parent / "plain_transformers.py"
-PICKED = {1: [5, 0], 2: [3]}
-
-
-def save_base(folder: Path, family: str = "qwen3_moe", seed: int = 0, **options) -> Path:
-    tiny(family, seed=seed).to(torch.bfloat16).save_pretrained(folder, **options)
-    return folder
-
-
-def load(folder: Path):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
-def train_delta(base: Path, folder: Path, experts: dict[int, list[int]] = PICKED):
-    """Train a few steps and write the delta; return the trained model in the base's dtype."""
-    model = attach(load(base), Selection(experts=experts))
-    train_steps(model, 3)
-    folder.mkdir(parents=True)
-    write_delta(
-        folder,
-        fingerprint(open_checkpoint(base)),
-        expert_changes(model),
-        {"method": "esft", "base": {"name": "tiny"}},
-    )
-    return detach(model).eval()
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +169,69 @@ def test_verify_finds_a_flipped_bit_in_the_merge(trained, tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckError, match=r"model\.layers\.1\.mlp\.experts\.0\.up_proj"):
         verify(base, delta, merged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"merged: tensor model\.norm\.weight is missing"),
+        (lambda t: t.update(extra=torch.ones(2)), r"base: tensor extra is missing"),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}),
+            r"model\.norm\.weight is F32 \[32\], BF16 \[32\] in the base",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"].view(4, 8)}),
+            r"model\.norm\.weight is BF16 \[4, 8\], BF16 \[32\] in the base",
+        ),
+    ],
+    ids=["one fewer", "one more", "other dtype", "other shape"],
+)
+def test_verify_finds_a_merge_of_another_layout(trained, tmp_path, change, message):
+    base, delta, _ = trained
+    merged = merge(base, delta, tmp_path / "merged")
+    tensors = load_file(merged / "model.safetensors")
+    change(tensors)
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckError, match=message):
+        verify(base, delta, merged)
+
+
+def test_a_base_with_one_more_tensor_is_refused(trained, tmp_path):
+    base, delta, _ = trained
+    shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["model.extra.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    for check in (
+        lambda: merge(tmp_path / "other", delta, tmp_path / "merged"),
+        lambda: verify(tmp_path / "other", delta),
+    ):
+        with pytest.raises(CheckError, match=r"tensor model\.extra\.weight is not in the base"):
+            check()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_lies_beside_the_weights_is_kept_but_neither_pickles_nor_the_card(trained, tmp_path):
+    base, delta, _ = trained
+    shutil.copytree(base, tmp_path / "base")
+    kept = {"tokenizer.json": b"{}", "LICENSE": b"free", "vocab.txt": b"a\nb"}
+    pickles = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pth", "a.ckpt")
+    for name, data in {**kept, **dict.fromkeys(pickles, b"\x80\x04.")}.items():
+        (tmp_path / "base" / name).write_bytes(data)
+    (tmp_path / "base" / "README.md").write_text("# The base's card\n")
+    (tmp_path / "base" / "logs").mkdir()
+    merged = merge(tmp_path / "base", delta, tmp_path / "merged")
+    assert {path.name for path in merged.iterdir()} == {
+        *(path.name for path in base.iterdir()),
+        *kept,
+        "README.md",
+    }
+    for name, data in kept.items():
+        assert (merged / name).read_bytes() == data
+    card = (merged / "README.md").read_text()
+    assert "base's card" not in card
+    assert "tiny" in card
 
 
 def damage_flip(folder: Path) -> None:
