@@ -121,7 +121,7 @@ def test_killed_at_any_moment(base: Path, data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_killed_and_resumed(base: Path, data: Path, tmp_path: Path) -> None:
     """Nothing but `esft train`, `kill -9` and `esft train --resume`, each a fresh process."""
-    long = recipe(base, data, max_steps=80, save_steps=5, logging_steps=5)
+    long = recipe(base, data, max_steps=40, save_steps=5, logging_steps=5)
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(long))
     esft.train(file, tmp_path / "whole")
