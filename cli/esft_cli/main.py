@@ -13,6 +13,7 @@ from esft_cli.demo import demo
 from esft_cli.evaluate import evaluate
 from esft_cli.generate import generate
 from esft_cli.inspect import inspect
+from esft_cli.memory import keep_freed_memory
 from esft_cli.merge import merge
 from esft_cli.profile import profile
 from esft_cli.scores import app as scores_app
@@ -47,6 +48,7 @@ def run() -> None:
     `ESFT_TRACEBACK=1` shows where they were raised.
     """
     _quiet_libraries()
+    keep_freed_memory()
     _print_anything()
     from esft.errors import EsftError
 
