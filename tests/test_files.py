@@ -132,6 +132,71 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What is synced and renamed, in order; everything still happens.
+
+    `("sync", inode, bytes of a file)` and `("rename", inode)`.
+    """
+    found: list[tuple[object, ...]] = []
+    fsync, rename = os.fsync, os.replace
+
+    def record_fsync(handle: int) -> None:
+        status = os.fstat(handle)
+        fsync(handle)
+        size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        found.append(("sync", status.st_ino, size))
+
+    def record_replace(source: Path, target: Path) -> None:
+        found.append(("rename", os.stat(source).st_ino))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    return found
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def test_a_file_s_bytes_reach_the_disk_before_its_name(
+    events: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("old")
+    files.write_text(tmp_path / "out", "newer")
+    file = inode(tmp_path / "out")
+    assert events == [("sync", file, 5), ("rename", file), ("sync", inode(tmp_path), None)]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_s_content_reaches_the_disk_before_its_name(
+    replaced: bool, events: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    retired = None
+    if replaced:
+        out.mkdir()
+        (out / "old").write_text("old")
+        retired = inode(out)
+    with files.new_folder(out, replace=replaced) as folder:
+        (folder / "a" / "b").mkdir(parents=True)
+        (folder / "a" / "b" / "c").write_text("1234567")
+        (folder / "d").write_text("1")
+    content = {
+        ("sync", inode(out / "a" / "b" / "c"), 7),
+        ("sync", inode(out / "d"), 1),
+        *(("sync", inode(path), None) for path in (out / "a", out / "a" / "b", out)),
+    }
+    assert set(events[: len(content)]) == content
+    renames = [("rename", retired)] if replaced else []
+    assert events[len(content) :] == [
+        *renames,
+        ("rename", inode(out)),
+        ("sync", inode(tmp_path), None),
+    ]
+
+
 def test_write_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folders" / "value.json"
     value = {"name": "Müller\n", "n": [1, 2.5, None]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from esft_kernels import ExpertBank, Projection, moe_mlp, naive
@@ -164,3 +166,91 @@ def test_saves_no_frozen_weight_and_no_expert_output(flows):
     selected_rows = int(((index == 1) | (index == 2)).sum())
     rows = index.numel() if flows else selected_rows
     assert sum(tensor.numel() for tensor in saved) == x.numel() + weight.numel() + rows * 2 * I
+
+
+NAMES = ("x", "gate", "up", "down", "up_bias", "down_bias")
+
+
+@pytest.mark.parametrize(
+    "wanted", [*((name,) for name in NAMES), ("x", "gate"), ("gate", "down"), ("x", "up_bias")]
+)
+def test_any_input_may_be_frozen(wanted):
+    """As where only a router trains, or nothing before the first MoE layer."""
+
+    def gradients(function, dtype):
+        bank = make_bank([5, 0], bias=True, dtype=dtype)
+        x, index, weight = inputs(30, 3, dtype)
+        tensors = dict(zip(NAMES, [x, weight, *leaves(bank)], strict=True))
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name in wanted)
+        out = function(x, index, weight, bank)
+        direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        (out * direction).sum().backward()
+        return {name: tensor.grad for name, tensor in tensors.items()}
+
+    found = gradients(moe_mlp, torch.float32)
+    expected = gradients(naive.moe_mlp, torch.float64)
+    assert {name for name, grad in found.items() if grad is not None} == set(wanted)
+    for name in wanted:
+        assert expected[name].norm() > 0
+        assert error(found[name], expected[name]) < 1e-5
+
+
+def whole_numbers(
+    inner: int, dtype: torch.dtype, gate_dtype: torch.dtype
+) -> tuple[list[Tensor], ExpertBank, Tensor]:
+    """Inputs, experts and d_out of small whole numbers: every product of bf16 numbers is exact.
+
+    Gates are multiples of 2^-12, more digits than bf16 has; the activation adds both halves.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int, limit: int = 1) -> Tensor:
+        return torch.randint(-limit, limit + 1, shape, generator=generator).to(dtype)
+
+    def projection(rows: int, columns: int, bias: Tensor) -> Projection:
+        weight = draw(E, rows, columns)
+        return Projection(weight[:2].clone(), weight[2:].clone(), False, bias[:2], bias[2:])
+
+    bank = ExpertBank(
+        up=projection(2 * inner, H, draw(E, 2 * inner)),
+        # Halves up to 64.5, times d_out, over H columns: exact in 8 bits each, but not their sum.
+        down=projection(H, inner, draw(E, H, limit=129) / 2),
+        slot=slot_map([0, 1], E),
+        activation=lambda z: z[:, : z.shape[1] // 2] + z[:, z.shape[1] // 2 :],
+    )
+    tokens = 32
+    x, d_out = draw(tokens, H), draw(tokens, H)
+    index = torch.stack([torch.randperm(E, generator=generator) for _ in range(tokens)])
+    weight = torch.randint(1, 4096, (tokens, E), generator=generator) / 4096
+    return [x, index, weight.to(gate_dtype).requires_grad_()], bank, d_out
+
+
+def test_experts_outputs_are_summed_in_the_wider_dtype():
+    """Six experts a token, gates in fp32: the sum is exact there, and is rounded to bf16 once."""
+    narrow, bank, _ = whole_numbers(4, torch.bfloat16, torch.float32)
+    exact, wide_bank, _ = whole_numbers(4, torch.float64, torch.float64)
+    out = moe_mlp(*narrow, bank)
+    expected = naive.moe_mlp(*exact, wide_bank)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected.to(torch.bfloat16))
+
+
+def test_a_gate_s_gradient_is_summed_in_the_gate_s_dtype():
+    narrow, bank, d_out = whole_numbers(512, torch.bfloat16, torch.float32)
+    exact, wide_bank, wide_d_out = whole_numbers(512, torch.float64, torch.float64)
+    (found,) = torch.autograd.grad(moe_mlp(*narrow, bank), narrow[2], d_out)
+    (expected,) = torch.autograd.grad(naive.moe_mlp(*exact, wide_bank), exact[2], wide_d_out)
+    assert found.dtype == torch.float32
+    assert (expected.to(torch.bfloat16) != expected).any()  # otherwise this test shows nothing
+    assert torch.equal(found.double(), expected)
+
+
+def test_a_frozen_bank_without_a_dense_dimension():
+    bank = make_bank([1, 2], dtype=torch.float32)
+    reference = run(moe_mlp, inputs(20, 2, torch.float32), bank)
+    frozen = bank.up.frozen[..., None].repeat(1, 1, 1, 4)[..., 0]  # 16 bytes between numbers
+    strided = replace(bank, up=replace(bank.up, frozen=frozen))
+    out, grads = run(moe_mlp, inputs(20, 2, torch.float32), strided)
+    assert error(out, reference[0].double()) < 1e-6
+    assert all(error(g, r.double()) < 1e-6 for g, r in zip(grads, reference[1], strict=True))
