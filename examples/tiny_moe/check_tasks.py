@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).parents[2] / "esft" / "tiny_moe"
-BATCH = 64  # rows
+BATCH = 32  # rows
 WARM_UP = 20  # steps
 
 Row = dict[str, str]
@@ -77,12 +77,23 @@ def check(model_path: Path, task: Path, steps: int, rate: float, seed: int) -> d
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / WARM_UP, 1 - step / steps)
-        loss = model(**collate(rng.sample(train, BATCH), tokens), use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16):  # as pretrain.py: weights stay fp32
+            loss = model(**collate(rng.sample(train, BATCH), tokens), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return {"base": before, "full": exact_match(model, test, tokens), "loss": loss.item()}
+
+
+def record(path: Path, recipe: dict, name: str, result: dict[str, float]) -> None:
+    """Put a task's figures into the file, beside those that the same recipe gave for others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = json.loads(path.read_text()) if path.is_file() else {}
+    if facts.get("recipe") != recipe:
+        facts = {"recipe": recipe, "tasks": {}}
+    facts["tasks"][name] = result
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -99,19 +110,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     names = args.tasks or sorted(p.name for p in args.tasks_folder.iterdir() if p.is_dir())
-    results = {}
+    recipe = {"steps": args.steps, "rate": args.rate, "batch": BATCH, "seed": args.seed}
     for name in names:
         torch.manual_seed(args.seed)
         task = args.tasks_folder / name
-        results[name] = check(args.model, task, args.steps, args.rate, args.seed)
-        print(
-            f"{name:10} base {results[name]['base']:.3f} full {results[name]['full']:.3f}",
-            flush=True,
-        )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        recipe = {"steps": args.steps, "rate": args.rate, "batch": BATCH, "seed": args.seed}
-        args.out.write_text(json.dumps({"recipe": recipe, "tasks": results}, indent=2) + "\n")
+        result = check(args.model, task, args.steps, args.rate, args.seed)
+        print(f"{name:10} base {result['base']:.3f} full {result['full']:.3f}", flush=True)
+        if args.out:
+            record(args.out, recipe, name, result)
 
 
 if __name__ == "__main__":

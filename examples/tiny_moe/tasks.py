@@ -42,15 +42,6 @@ def values(rng: random.Random) -> Rows:
         yield f"value {num2words(number, lang=rng.choice(lines.LANGUAGES))}", str(number)
 
 
-def wordsums(rng: random.Random) -> Rows:
-    """`plus twenty-three and forty` -> `63`: sums whose operands are words."""
-    from num2words import num2words
-
-    while True:
-        a, b = rng.randrange(100), rng.randrange(100)
-        yield f"plus {num2words(a)} and {num2words(b)}", str(a + b)
-
-
 MONTHS = "January February March April May June July August September October November December"
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 
@@ -222,7 +213,6 @@ class Task:
 TASKS = (
     Task("swedish", swedish, 4_000),
     Task("values", values, 3_000),
-    Task("wordsums", wordsums, 3_000),
     Task("dates", dates, 3_000),
     Task("clock", clock, 1_100),
     Task("roman", roman, 3_000),
