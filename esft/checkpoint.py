@@ -34,6 +34,7 @@ from esft.files import (
     write_json,
     write_text,
 )
+from esft.moe import trainable_parameters
 
 FORMAT = "esft-checkpoint/1"
 STATE = "state.json"
@@ -78,7 +79,7 @@ def save(
     Raises:
         OutputError: the disk is full or read-only; earlier checkpoints are as they were.
     """
-    tensors = {f"parameter/{name}": p.detach() for name, p in _trainable(model).items()}
+    tensors = {f"parameter/{name}": p.detach() for name, p in trainable_parameters(model).items()}
     packed = optimizer.state_dict()
     scalars: dict[str, dict[str, Any]] = {}
     for index, state in packed["state"].items():
@@ -139,7 +140,7 @@ def restore_parameters(saved: SavedState, model: nn.Module) -> None:
     """Load the trained parameters into a model that was prepared in the same way, in place."""
     tensors = _tensors(saved, "parameter")
     with torch.no_grad():
-        for name, parameter in _trainable(model).items():
+        for name, parameter in trainable_parameters(model).items():
             parameter.copy_(tensors[name])
 
 
@@ -179,10 +180,6 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(saved.folder, ignore_errors=True)
     for unfinished in folder.glob(".step-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _all(folder: Path) -> list[SavedState]:

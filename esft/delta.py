@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from esft.adapter import merge_adapter
 from esft.errors import DeltaError, EsftError
 from esft.experts import attached_layers
 from esft.files import explain_write_errors, read_json, sha256_file, write_json
@@ -202,15 +203,23 @@ def attach_delta(model: PreTrainedModel, base_folder: Path, folder: Path) -> Pre
     delta = read_delta(folder)
     check_base(delta.base, open_checkpoint(base_folder))
     if delta.is_adapter:
-        from esft.methods.lora import merge_adapter
-
         return merge_adapter(model, delta.folder)
     with safe_open(folder / WEIGHTS, framework="pt") as weights:
         write_into(model, {name: weights.get_tensor(name) for name in delta.entries}, delta.rows)
     return model
 
 
-def _in_base_dtype(change: Changed, base: Fingerprint) -> Tensor:
+def check_changes(changes: Iterable[Changed], base: Fingerprint) -> None:
+    """Check that changes can be written as a delta of a base: before training, not after it.
+
+    Raises:
+        DeltaError: the base has no such tensor, or it is of another shape or quantised.
+    """
+    for change in changes:
+        _base_dtype(change, base)
+
+
+def _base_dtype(change: Changed, base: Fingerprint) -> torch.dtype:
     stored = base.get(change.name)
     if stored is None:
         raise DeltaError(f"tensor {change.name} was trained but is not in the base")
@@ -227,7 +236,11 @@ def _in_base_dtype(change: Changed, base: Fingerprint) -> Tensor:
             f"tensor {change.name} has shape {list(change.value.shape)}, "
             f"{shape} is expected in the base"
         )
-    value = change.value.to(_TORCH_DTYPES[stored["dtype"]]).cpu().contiguous()
+    return _TORCH_DTYPES[stored["dtype"]]
+
+
+def _in_base_dtype(change: Changed, base: Fingerprint) -> Tensor:
+    value = change.value.to(_base_dtype(change, base)).cpu().contiguous()
     if not torch.isfinite(value).all():
         raise DeltaError(f"tensor {change.name} has NaN or infinite values; training diverged")
     return value

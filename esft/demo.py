@@ -12,7 +12,7 @@ from esft.data.encode import encode_rows
 from esft.data.rows import Row, read_rows
 from esft.errors import EsftError, OutputError, nearest
 from esft.evaluation import Evaluation, evaluate_model
-from esft.files import write_json
+from esft.files import read_json, write_json
 from esft.generation import generate_text
 from esft.inference import load
 from esft.loading import TINY_MOE, TINY_MOE_FOLDER
@@ -31,7 +31,9 @@ P = 0.2
 PROFILED_TOKENS = 16_384
 LEARNING_RATE = 3e-3
 SHOWN = 3  # test rows whose answers are shown
+FORMAT = "esft-demo/1"
 RESULT = "demo.json"
+_WRITTEN = {RESULT, "scores.json", "selection.json", "experts.png", "run", "merged"}
 
 TASKS = TINY_MOE_FOLDER / "tasks"
 HELDOUT = TINY_MOE_FOLDER / "heldout"
@@ -102,6 +104,7 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
         return {
+            "format": FORMAT,
             "task": self.task,
             "complete": True,
             "before": self.before.to_dict(),
@@ -143,7 +146,7 @@ def demo(
         raise EsftError(f"--task {task}: no such task{hint}")
     _clear(out)
     # From here on the folder is a demo's, even if this one is interrupted.
-    write_json(out / RESULT, {"task": task, "complete": False})
+    write_json(out / RESULT, {"format": FORMAT, "task": task, "complete": False})
     data, test = TASKS / task / "train.jsonl", TASKS / task / "test.jsonl"
     run_folder, merged = out / "run", out / "merged"
 
@@ -252,8 +255,23 @@ def _show(score: Score, reporter: Reporter) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Delete an earlier demo's folder; refuse any other that is in use."""
-    if (out / RESULT).is_file():
-        shutil.rmtree(out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: is in the way and is no earlier demo; choose another --out")
+    """Delete what an earlier demo wrote; refuse a folder with anything else in it."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out}: a file is in the way; choose another --out")
+    found = {path.name for path in out.iterdir()}
+    if not found:
+        return
+    if not _is_demo(out / RESULT) or found - _WRITTEN:
+        other = min(found - _WRITTEN, default=RESULT)
+        raise OutputError(f"{out}: {other} is not an earlier demo's; choose another --out")
+    shutil.rmtree(out)
+
+
+def _is_demo(file: Path) -> bool:
+    try:
+        value = read_json(file)
+    except EsftError:
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT

@@ -16,6 +16,7 @@ from esft.data.batching import batches, padded
 from esft.data.encode import Example, encode_rows
 from esft.data.rows import read_rows
 from esft.errors import DataError, EsftError, ModelError
+from esft.inference import load
 from esft.progress import SILENT, Reporter
 
 _AT_ONCE = 1024  # rows of logits turned into float32 at a time
@@ -71,7 +72,7 @@ def evaluate(
         data: a JSONL file, see `esft.data.rows`.
         delta: folder of a delta made from this model.
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        dtype: see `esft.loading.pick_dtype`.
         batch_tokens: see `evaluate_model`.
         max_rows: score only the first rows of the file.
         reporter: shows progress.
@@ -84,8 +85,6 @@ def evaluate(
     """
     if max_rows is not None and max_rows < 1:
         raise DataError(f"--max-rows {max_rows}: expected at least 1")
-    from esft.inference import load
-
     rows = read_rows(data)[:max_rows]  # first: a bad line shows at once, loading takes a while
     loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
     examples = encode_rows(rows, tokenizer, reporter=reporter)

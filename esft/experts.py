@@ -8,14 +8,14 @@ no parameter that could hold it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from esft_kernels import ExpertBank, Projection, moe_mlp
 from esft_kernels.bank import frozen_ids, slot_map
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ExpertsInterface
 
 from esft.errors import ModelError, SelectionError
@@ -40,6 +40,7 @@ class AttachedExperts(nn.Module):
     """
 
     slot: Tensor
+    hook: RemovableHandle
 
     def __init__(
         self, stacked: dict[str, Tensor], selected: list[int], param_dtype: torch.dtype
@@ -162,6 +163,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             weight = nn.Parameter(attached.banks.stacked(name), requires_grad=False)
             experts.register_parameter(name, weight)
         experts.config = attached.banks.original_config
+        attached.banks.hook.remove()
         del experts.esft
     return model
 
@@ -182,11 +184,13 @@ def attached_layers(model: nn.Module) -> list[AttachedLayer]:
     return found
 
 
-def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield name and parameter of everything that trains."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter
+def _restack(experts: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """Show the stacks under their own names in a state dict, so that `save_pretrained` is right."""
+    banks: AttachedExperts = experts.esft  # type: ignore[assignment]
+    for name in [key for key in state if key.startswith(f"{prefix}esft.")]:
+        del state[name]
+    for name in banks.frozen:
+        state[prefix + name] = banks.stacked(name)
 
 
 def _refuse_unsupported(layer: MoeLayer) -> None:
@@ -210,6 +214,7 @@ def _attach_layer(layer: MoeLayer, selected: list[int], param_dtype: torch.dtype
     for name in stacked:
         del experts._parameters[name]
     experts.esft = banks
+    banks.hook = experts.register_state_dict_post_hook(_restack)
     # The interface dispatches on the module's config: with a copy of its own, this layer alone
     # changes, and the model's config keeps what the user asked for.
     banks.original_config = experts.config

@@ -140,10 +140,25 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 elif item.is_dir():
                     sync_folder(item)
             _swap(temporary, target, replace=replace)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OutputError):  # the user knows the folder by its own name
+                raise OutputError(str(error).replace(str(temporary), str(path))) from error
             raise
         sync_folder(target.parent)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise OutputError if a file could not be written at `path`: to be told before the work."""
+    with explain_write_errors(path):
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{path}: not a regular file; choose another --out")
+        folder = target.parent
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OutputError(f"{path}: cannot write into {folder}; choose another --out")
 
 
 def refuse_existing(path: Path, *, replace: bool = False) -> None:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from esft.data.encode import encode_prompt
 from esft.errors import DataError, EsftError
+from esft.inference import load
 
 
 def generate(
@@ -35,7 +36,7 @@ def generate(
             logits / temperature.
         seed: of the draw.
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        dtype: see `esft.loading.pick_dtype`.
         chat: put the prompt into the model's chat template.
 
     Raises:
@@ -45,8 +46,6 @@ def generate(
         CheckError: the delta was made from another base.
     """
     _check(prompt, max_new_tokens, temperature)
-    from esft.inference import load
-
     loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
     return generate_text(
         loaded,

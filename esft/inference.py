@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from esft.delta import attach_delta
 from esft.errors import ModelError
 from esft.loading import load_model, load_tokenizer, resolve
 
@@ -36,8 +37,6 @@ def load(
     loaded = load_model(folder, device=device, dtype=dtype)
     check_vocabulary(tokenizer, loaded, folder)
     if delta is not None:
-        from esft.delta import attach_delta
-
         loaded = attach_delta(loaded, folder, Path(delta))
     return loaded, tokenizer
 

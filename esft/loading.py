@@ -187,6 +187,21 @@ def load_config(folder: Path) -> Any:
     return _guarded(folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
+def refuse_quantised(folder: Path) -> None:
+    """Refuse to train a checkpoint whose weights are quantised on disk.
+
+    Raises:
+        ModelError: it is; names the method (fp8, mxfp4, ...).
+    """
+    stored = getattr(load_config(folder), "quantization_config", None)
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise ModelError(
+            f"{folder}: the weights are stored as {method or 'quantised'}; a delta for them cannot "
+            f"be written yet: save a dequantised copy of the checkpoint and train that"
+        )
+
+
 def load_tokenizer(model: str | Path) -> Any:
     """Load a checkpoint's tokenizer.
 

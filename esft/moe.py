@@ -189,6 +189,11 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def text_config(model: nn.Module) -> Any:
     """Return the configuration of the language model, also inside a multimodal wrapper."""
     config: Any = model.config

@@ -135,12 +135,19 @@ def _shards(folder: Path) -> Iterator[Path]:
                 f"convert the checkpoint to safetensors"
             )
         raise ModelError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
+    if (folder / SINGLE).is_file():
+        raise ModelError(
+            f"{folder}: holds both {SINGLE} and {INDEX}, which may differ; transformers reads the "
+            f"first; remove the one that is not meant"
+        )
     try:
         names = sorted(set(read_json(index, "index")["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
         raise ModelError(f"{index}: no weight_map in this index") from None
     except EsftError as error:
         raise ModelError(str(error)) from error
+    if not names:
+        raise ModelError(f"{index}: the weight_map is empty")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name:
             raise ModelError(f"{index}: points outside the folder: {name!r}")

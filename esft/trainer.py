@@ -17,7 +17,7 @@ from esft.errors import EsftError
 from esft.evaluation import evaluate_model
 from esft.files import append_line, write_text
 from esft.labelled import labelled_logits
-from esft.methods.base import parameters
+from esft.moe import trainable_parameters
 from esft.progress import SILENT, Reporter, Task
 
 KEPT_CHECKPOINTS = 2  # unless save_total_limit says otherwise
@@ -127,7 +127,7 @@ class EsftTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Or it would in time replace the last checkpoint that is worth resuming from.
-        for name, parameter in parameters(self.model).items():
+        for name, parameter in trainable_parameters(self.model).items():
             if not parameter.isfinite().all():
                 raise _diverged(self.state.global_step, f"{name} has NaN or infinite values")
         checkpoint.save(

@@ -24,10 +24,9 @@ from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, sha256_file, write_text
 from esft.fingerprint import fingerprint
 from esft.inference import check_vocabulary
-from esft.loading import load_model, load_tokenizer, resolve
+from esft.loading import load_model, load_tokenizer, refuse_quantised, resolve
 from esft.methods import ExpertMethod, FullMethod, LoraMethod, Method
-from esft.methods.base import parameters
-from esft.moe import inspect
+from esft.moe import inspect, trainable_parameters
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
 from esft.recipe import LoraSpec, Recipe, SelectionSpec, make_recipe, read_recipe
@@ -99,6 +98,7 @@ class _Run:
         self.arguments = training_arguments(recipe, out)
         self.folder = resolve(recipe.model)
         self.anatomy = inspect(self.folder)
+        refuse_quantised(self.folder)
         base = open_checkpoint(self.folder)
         self.selection = self._given_selection()
         self.tokenizer = load_tokenizer(self.folder)
@@ -126,7 +126,8 @@ class _Run:
             self.selection = select(scores, **self._rule().rule())
         method = _method(self.recipe, self.selection)
         prepared = method.prepare(model)
-        trained = sum(p.numel() for p in parameters(prepared).values())
+        method.check(prepared, self.base)
+        trained = sum(p.numel() for p in trainable_parameters(prepared).values())
         trainer = self._trainer(prepared)
         # Up to here the input may be at fault, and nothing was written.
         if self.saved is None:

@@ -59,10 +59,13 @@ def test_an_earlier_demo_is_replaced_and_anything_else_is_refused(tmp_path):
     out = tmp_path / "demo"
     for _ in range(2):
         assert esft("demo", "--out", out, "--steps", 1).returncode == 0
+    (out / "thesis.txt").write_text("dear")
+    assert "thesis.txt is not an earlier demo's" in refusal("demo", "--out", out)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    assert "no earlier demo" in refusal("demo", "--out", tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+    (tmp_path / "mine" / "demo.json").write_text('{"mine": 1}')
+    assert "demo.json is not an earlier demo's" in refusal("demo", "--out", tmp_path / "mine")
+    assert (out / "thesis.txt").read_text() == "dear"
+    assert (tmp_path / "mine" / "demo.json").read_text() == '{"mine": 1}'
 
 
 def test_an_unknown_task_is_refused_by_the_nearest_name(tmp_path):

@@ -25,8 +25,8 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto, float32, bfloat16 or float16; auto: float32 on a CPU, the checkpoint's on a "
-        "GPU.",
+        help="auto, checkpoint, float32, bfloat16 or float16; auto: float32 on a CPU, the "
+        "checkpoint's own on a GPU.",
         metavar="NAME",
     ),
 ]

@@ -42,7 +42,9 @@ def profile(
     Runs a sample of the data through the model, without training it. Next: esft select.
     """
     import esft
+    from esft.files import refuse_unwritable
 
+    refuse_unwritable(out)
     scores = esft.profile(
         model,
         data,

@@ -31,6 +31,14 @@ class Method(ABC):
         """Make the model train what the method trains; may wrap it. Draws from torch's RNG."""
 
     @abstractmethod
+    def check(self, model: nn.Module, base: Fingerprint) -> None:
+        """Check that what trains can be saved; called before training.
+
+        Raises:
+            DeltaError: a tensor has no place in the base, or the base's is quantised.
+        """
+
+    @abstractmethod
     def save(
         self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
@@ -46,8 +54,3 @@ class Method(ABC):
             DeltaError: the trained weights do not fit the base, or are not finite.
             OutputError: the disk is full or read-only.
         """
-
-
-def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what trains, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

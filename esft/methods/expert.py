@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.delta import expert_changes, write_delta
+from esft.delta import check_changes, expert_changes, write_delta
 from esft.experts import attach
 from esft.fingerprint import Fingerprint
 from esft.loading import DTYPES
@@ -38,6 +38,10 @@ class ExpertMethod(Method):
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         """Attach the selection. See `esft.experts.attach`."""
         return attach(model, self.selection, param_dtype=self.param_dtype)
+
+    def check(self, model: nn.Module, base: Fingerprint) -> None:
+        """Look up each selected expert's tensors in the base."""
+        check_changes(expert_changes(model), base)
 
     def save(
         self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]

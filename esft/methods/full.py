@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.delta import Changed, write_delta
+from esft.delta import Changed, check_changes, write_delta
 from esft.fingerprint import Fingerprint
 from esft.methods.base import Method
 from esft.names import disk_tensors
@@ -25,9 +25,23 @@ class FullMethod(Method):
         """Let every parameter train, in the dtype that it was loaded in."""
         return model.requires_grad_(True)
 
+    def check(self, model: nn.Module, base: Fingerprint) -> None:
+        """Look up each tensor in the base."""
+        check_changes(_changes(model, base), base)
+
     def save(
         self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
         """Write every tensor that the base stores; tied copies are not among them."""
-        changes = [Changed(name, tensor) for name, tensor in disk_tensors(model) if name in base]
-        write_delta(folder, base, changes, about)
+        write_delta(folder, base, _changes(model, base), about)
+
+
+def _changes(model: nn.Module, base: Fingerprint) -> list[Changed]:
+    tensors = dict(disk_tensors(model))
+    stored = {tensor.data_ptr() for name, tensor in tensors.items() if name in base}
+    # Of tied tensors the base stores one; any other that it lacks is left in, to be refused.
+    return [
+        Changed(name, tensor)
+        for name, tensor in tensors.items()
+        if name in base or tensor.data_ptr() not in stored
+    ]

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from esft.delta import write_manifest
-from esft.errors import DeltaError, ModelError, RecipeError, nearest
+from esft.errors import DeltaError, RecipeError, nearest
 from esft.files import explain_write_errors
 from esft.fingerprint import Fingerprint
 from esft.methods.base import Method
-from esft.methods.base import parameters as trained_parameters
-from esft.moe import moe_layers
+from esft.moe import moe_layers, trainable_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,32 +66,20 @@ class LoraMethod(Method):
         except (ValueError, NotImplementedError) as error:
             raise RecipeError(f"lora: PEFT refuses: {str(error).splitlines()[0]}") from error
 
+    def check(self, model: nn.Module, base: Fingerprint) -> None:
+        """Nothing to look up: an adapter is saved as PEFT's own files."""
+
     def save(
         self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
         """Write PEFT's adapter files and the manifest that ties them to their base."""
-        for name, parameter in trained_parameters(model).items():
+        for name, parameter in trainable_parameters(model).items():
             if not parameter.isfinite().all():
                 raise DeltaError(f"tensor {name} has NaN or infinite values; training diverged")
         with explain_write_errors(folder):
             model.save_pretrained(folder)  # type: ignore[operator]
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders
         write_manifest(folder, base, about)
-
-
-def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Load a PEFT adapter and add it to the model's weights, in place.
-
-    Raises:
-        ModelError: the adapter does not fit the model.
-    """
-    from peft import PeftModel
-
-    try:
-        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{folder}: this adapter does not fit: {error}") from error
-    return merged
 
 
 def _linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:

@@ -25,7 +25,8 @@ def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank
     Two calls with equal input give equal bits.
 
     Args:
-        x: `[T, H]`, in the compute dtype; banks of another dtype are cast to it.
+        x: `[T, H]`; cast to the frozen bank's dtype, in which everything is computed. The
+            trainable bank is cast to it too.
         topk_index: `[T, K]` int64 expert ids, each below E.
         topk_weight: `[T, K]`, the weight of each chosen expert's output; the products are summed
             in the wider dtype of this and x.
@@ -34,8 +35,10 @@ def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank
     Returns:
         `[T, H]` in x's dtype.
     """
-    return _MoeMlp.apply(
-        x,
+    # The weights decide, as in transformers: casting the frozen bank would copy it at each step.
+    compute_x = x.to(bank.up.frozen.dtype)
+    out: Tensor = _MoeMlp.apply(
+        compute_x,
         topk_index,
         topk_weight,
         bank.up.trainable,
@@ -44,6 +47,7 @@ def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank
         bank.down.trainable_bias,
         bank,
     )
+    return out.to(x.dtype)
 
 
 class _Linear:

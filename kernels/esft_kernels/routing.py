@@ -64,7 +64,9 @@ def route(topk_index: Tensor, slot: Tensor, num_selected: int) -> Routing:
     """
     slots = slot.index_select(0, topk_index.reshape(-1))
     order = torch.argsort(slots, stable=True)
-    offsets = torch.bincount(slots, minlength=slot.shape[0]).cumsum(0)
+    # Not by counting: `bincount` waits for the device to learn the highest slot.
+    experts = torch.arange(slot.shape[0], device=slots.device)
+    offsets = torch.searchsorted(slots.index_select(0, order), experts, right=True)
     cut = int(offsets[num_selected - 1]) if num_selected else 0
     token = order.div(topk_index.shape[1], rounding_mode="floor")
     place = torch.empty_like(order)
