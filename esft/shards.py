@@ -141,7 +141,7 @@ def _shards(folder: Path) -> Iterator[Path]:
             f"first; remove the one that is not meant"
         )
     try:
-        names = sorted(set(read_json(index, "index")["weight_map"].values()))
+        names = sorted(set(read_json(index, "index")["weight_map"].values()), key=str)
     except (KeyError, TypeError, AttributeError):
         raise ModelError(f"{index}: no weight_map in this index") from None
     except EsftError as error:
@@ -149,6 +149,6 @@ def _shards(folder: Path) -> Iterator[Path]:
     if not names:
         raise ModelError(f"{index}: the weight_map is empty")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise ModelError(f"{index}: points outside the folder: {name!r}")
         yield folder / name
