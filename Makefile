@@ -17,14 +17,13 @@ help:
 setup: $(STAMP)
 
 # torch first and by exact version: a plain request for it on a machine without a GPU would bring
-# gigabytes of CUDA packages. Debian's python3 may lack ensurepip, hence the second way to a venv.
+# gigabytes of CUDA packages. Debian's python3 lacks ensurepip, hence the second way to a venv.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "esft needs Python 3.11 or later; set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \
 		{ rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && \
-		  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } || \
-		{ rm -rf $(VENV); echo "cannot make a virtual environment: apt install python3-venv"; exit 1; }
+		  $(PYTHON) tools/install_pip.py $(BIN)/python; } || { rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -25,8 +25,8 @@ from esft.run_result import RunResult
 from esft.selection import Selection, select
 from esft.training import train
 
-TASK = "swedish"
-STEPS = 240
+TASK = "dates"
+STEPS = 120
 P = 0.2
 PROFILED_TOKENS = 16_384
 LEARNING_RATE = 3e-3
