@@ -26,7 +26,7 @@ from esft.selection import Selection, select
 from esft.training import train
 
 TASK = "dates"
-STEPS = 120
+STEPS = 200
 P = 0.2
 PROFILED_TOKENS = 16_384
 LEARNING_RATE = 3e-3
@@ -250,7 +250,7 @@ def _score(model: str | Path, test: Path) -> Score:
 
 def _show(score: Score, reporter: Reporter) -> None:
     for prompt, answer in score.answers.items():
-        reporter.note(f"  {prompt}{answer}")
+        reporter.note(f"  {prompt} {' '.join(answer.split())}")
     reporter.note(f"  exact match {100 * score.task.exact_match:.1f} %")
 
 

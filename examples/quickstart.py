@@ -10,7 +10,7 @@ import esft
 from esft.loading import TINY_MOE_FOLDER
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
-steps = int(sys.argv[2]) if len(sys.argv) > 2 else 120
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
 task = TINY_MOE_FOLDER / "tasks" / "dates"
 
 scores = esft.profile("tiny-moe", task / "train.jsonl", tokens=16_384)
