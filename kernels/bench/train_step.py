@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,6 @@ from esft.selection import Selection, select
 
 METHODS = ("full", "lora", "esft")
 PHASES = ("forward", "backward", "optimizer")
-ROUNDS = 3
 
 
 class Step:
@@ -89,6 +89,7 @@ def main() -> None:
         print(json.dumps(peak_memory(Step(case, args.memory_of, selection))))
         return
     print(machine(), end="\n\n")
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers
     scores = profile_model(case.model().eval(), case.sample)
     selection = select(scores, metric="token", p=0.2)
     print(describe(case, scores, selection), end="\n\n")
@@ -96,7 +97,7 @@ def main() -> None:
     steps = {name: Step(case, name, selection) for name in METHODS}
     times = in_turn(steps, args.repeats)
     print(comparison(steps, times, memory), end="\n\n")
-    print(breakdown(steps))
+    print(breakdown(steps, min(3, args.repeats)))
 
 
 def describe(case: Setting, scores: Scores, selection: Selection) -> str:
@@ -162,11 +163,11 @@ def comparison(
     )
 
 
-def breakdown(steps: dict[str, Step]) -> str:
+def breakdown(steps: dict[str, Step], count: int) -> str:
     """Return where one step goes, in milliseconds by phase and kind of operation."""
     spent: dict[str, dict[str, float]] = {}
     for name, step in steps.items():
-        rounds = [profiled(step) for _ in range(ROUNDS)]
+        rounds = [profiled(step) for _ in range(count)]
         spent[name] = {
             key: statistics.median(each[key] for each in rounds)
             for key in sorted(set().union(*rounds), key=in_order)
@@ -174,7 +175,7 @@ def breakdown(steps: dict[str, Step]) -> str:
         spent[name]["all"] = sum(spent[name].values())
     keys = sorted({key for found in spent.values() for key in found}, key=in_order)
     rows = [[key, *(f"{spent[name].get(key, 0):,.0f}" for name in steps)] for key in keys]
-    return table([f"ms of one step, median of {ROUNDS} under the profiler", *steps], rows)
+    return table([f"ms of one step, median of {count} under the profiler", *steps], rows)
 
 
 def profiled(step: Step) -> dict[str, float]:
