@@ -80,8 +80,11 @@ def test_tied_embeddings_are_counted_once() -> None:
     assert inspect(model).total == inspect(tiny("qwen3_moe")).total - embedding.numel()
 
 
-def test_layers_are_ordered_by_number_not_by_name() -> None:
+def test_layers_are_ordered_by_number() -> None:
+    """Not by name, where 10 comes before 2, nor as the modules were registered."""
     model = tiny("mixtral", num_hidden_layers=12)
+    blocks = model.model.layers
+    blocks._modules = dict(reversed(blocks._modules.items()))
     assert [layer.index for layer in moe_layers(model)] == list(range(12))
 
 
