@@ -72,15 +72,15 @@ themselves only; each is `<s> ... </s>`.
 ## Text
 
 Eight domains; 2 % of each, whole files, words or code points, are held out. Loss is in nats a
-token over the first {heldout_rows} held-out rows of {row} tokens. Overlap is the number of experts
-that reach a token selection ratio of p = {p} in layers 1 to {last}.
+token over the first {heldout_rows} held-out rows of {row} tokens. The last column counts, for
+layers 1 to {last}, the experts whose token selection ratios, best first, sum to p = {p}.
 
-| domain | share | documents | MB | held-out loss | experts that reach p |
+| domain | share | documents | MB | held-out loss | experts to p |
 |---|---|---|---|---|---|
 {domains}
 
-Routing separates: the mean Jaccard overlap between two domains' experts is {jaccard} in layers 1
-to {last}; the busiest expert of a layer carries {load} times an even share.
+Routing separates: in layers 1 to {last} the mean Jaccard overlap between two domains' experts is
+{jaccard}; the busiest expert carries {load} times an even share.
 `examples/tiny_moe/routing.png` shows it.
 
 | source | version | licence |

@@ -43,7 +43,7 @@ def package_root(package: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{package} is not installed: pip install -e .[examples]")
+        raise ModuleNotFoundError(f"{package} is not installed: pip install -e .[pretrain]")
     return Path(spec.submodule_search_locations[0])
 
 
