@@ -297,7 +297,7 @@ def _check_fits(delta: Delta) -> None:
         if name in delta.rows:
             rows = delta.rows[name]
             if len(set(rows)) != len(rows) or not all(
-                isinstance(row, int) and 0 <= row < shape[0] for row in rows
+                type(row) is int and 0 <= row < shape[0] for row in rows
             ):
                 raise DeltaError(f"{delta.folder}: tensor {name}: rows out of range: {list(rows)}")
             shape[0] = len(rows)

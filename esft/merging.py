@@ -159,9 +159,9 @@ def _merged_blocks(entry: Entry, delta: Delta, name: str) -> Iterator[bytes]:
 
 
 def _copy_other_files(source: Path, folder: Path) -> None:
-    """Copy configuration and tokenizer; the base's card does not describe the merge."""
+    """Copy configuration and tokenizer; no weights, above all no pickled ones."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in _WEIGHTS_SUFFIXES and path.name != "README.md":
+        if path.is_file() and path.suffix not in _WEIGHTS_SUFFIXES:
             with explain_write_errors(folder / path.name, needed=path.stat().st_size):
                 shutil.copyfile(path, folder / path.name)
 
