@@ -111,6 +111,7 @@ def test_a_forged_delta_is_refused_by_the_tensor(made, tmp_path, change, message
         ("50", "rows out of range"),
         ([[5], [0]], "incomplete or of the wrong shape"),
         ([None, 0], "rows out of range"),
+        ([True, False], "rows out of range"),
         ([5], "BF16 [1, 24, 32] is expected"),
         ([5, 0, 1], "BF16 [3, 24, 32] is expected"),
         ([], "BF16 [0, 24, 32] is expected"),
