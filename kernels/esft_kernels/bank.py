@@ -10,6 +10,27 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """A projection in the compute dtype, laid out to be multiplied by: `y = x @ matrix + bias`.
+
+    Attributes:
+        trainable: `[n, in, out]`, any strides.
+        frozen: `[E - n, in, out]`, a view of the frozen bank.
+        trainable_bias: `[n, out]` or None.
+        frozen_bias: `[E - n, out]` or None.
+    """
+
+    trainable: Tensor
+    frozen: Tensor
+    trainable_bias: Tensor | None = None
+    frozen_bias: Tensor | None = None
+
+    def transpose(self) -> Matrices:
+        """Return what gradients are multiplied by: `dx = dy @ matrix.T`, without a bias."""
+        return Matrices(self.trainable.transpose(-2, -1), self.frozen.transpose(-2, -1))
+
+
+@dataclass(frozen=True)
 class Projection:
     """One linear map per expert, split into a trainable and a frozen bank.
 
@@ -28,6 +49,27 @@ class Projection:
     trainable_bias: Tensor | None = None
     frozen_bias: Tensor | None = None
 
+    @property
+    def in_features(self) -> int:
+        """Width of what goes in."""
+        return self.frozen.shape[-2 if self.transposed else -1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of what comes out."""
+        return self.frozen.shape[-1 if self.transposed else -2]
+
+    def matrices(self) -> Matrices:
+        """Cast the trainable bank to the frozen one's dtype; the frozen bank is never copied."""
+        dtype = self.frozen.dtype
+        trainable, frozen = self.trainable.detach().to(dtype), self.frozen.detach()
+        if not self.transposed:
+            trainable, frozen = trainable.transpose(-2, -1), frozen.transpose(-2, -1)
+        biases = (self.trainable_bias, self.frozen_bias)
+        return Matrices(
+            trainable, frozen, *(None if bias is None else bias.detach().to(dtype) for bias in biases)
+        )
+
 
 @dataclass(frozen=True)
 class ExpertBank:
@@ -39,7 +81,8 @@ class ExpertBank:
         slot: `[E]` int64; `slot[e]` is expert e's place once the n selected ones come first:
             below n it is a row of the trainable bank, else `slot[e] - n` one of the frozen bank.
         activation: maps the up projection's output `[N, 2I]` to `[N, I]`, row by row and free of
-            parameters; the backward differentiates it by autograd.
+            parameters; the backward differentiates it by autograd. With a `SwiGLU` the GPU
+            kernels compute it themselves.
     """
 
     up: Projection
@@ -56,6 +99,11 @@ class ExpertBank:
     def num_experts(self) -> int:
         """How many experts there are: E."""
         return self.slot.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What everything is computed in: the frozen bank's dtype."""
+        return self.up.frozen.dtype
 
 
 def slot_map(selected: list[int], num_experts: int, device: torch.device | None = None) -> Tensor:

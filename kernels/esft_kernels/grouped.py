@@ -1,71 +1,163 @@
-"""Grouped matrix products: PyTorch's `grouped_mm`, or a loop where it does not apply.
+"""The PyTorch path of `moe_mlp`: `grouped_mm` over sorted rows, on any device.
 
-`grouped_mm` takes fp32, bf16 and fp16 with strides of a multiple of 16 bytes. The loop serves
-float64 and odd sizes; it cuts views with `split` and `unbind`, never `w[e]`, which would cost a
-full-size gradient buffer per expert.
+Saved for the backward: x (where an expert trains), the up projection's output z, and the routing.
+The activation is recomputed; the down projection's output is never kept, because the gate's
+gradient follows from `<dO, y> = <dO W2, a>`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ALIGNMENT = 16  # bytes
+from esft_kernels.bank import ExpertBank, Matrices, Projection
+from esft_kernels.grouped_mm import grouped_linear, grouped_outer
+from esft_kernels.segments import Segment, cut
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply each group's rows by its matrix: `y[m] = x[m] @ weight[g]`.
-
-    Args:
-        x: `[M, in]`, rows sorted by group.
-        weight: `[G, in, out]`, of x's dtype; any strides with one dimension dense.
-        offsets: `[G]` int32, where each group's rows end; the last is M.
-
-    Returns:
-        `[M, out]`.
-    """
-    if x.shape[0] == 0:
-        return x.new_zeros(0, weight.shape[-1])
-    if _can_group(x, weight):
-        return F.grouped_mm(x, weight, offs=offsets)
-    return torch.cat(
-        [rows @ matrix for rows, matrix in zip(_split(x, offsets), weight.unbind(0), strict=True)]
+def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) -> Tensor:
+    """Compute what `esft_kernels.moe_mlp` does; x is in the frozen bank's dtype."""
+    out: Tensor = _MoeMlp.apply(
+        x,
+        topk_index,
+        topk_weight,
+        bank.up.trainable,
+        bank.down.trainable,
+        bank.up.trainable_bias,
+        bank.down.trainable_bias,
+        bank,
     )
+    return out
 
 
-def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Sum each group's outer products: `out[g] = a[rows of g].T @ b[rows of g]`.
+class _Linear:
+    """One bank of one projection."""
 
-    Args:
-        a: `[M, p]`, rows sorted by group.
-        b: `[M, q]`, likewise.
-        offsets: `[G]` int32, where each group's rows end; the last is M.
+    def __init__(self, matrices: Matrices, projection: Projection, trainable: bool) -> None:
+        self.weight = matrices.trainable if trainable else matrices.frozen
+        self.bias = matrices.trainable_bias if trainable else matrices.frozen_bias
+        self.transposed = projection.transposed
 
-    Returns:
-        `[G, p, q]`; zero for a group without rows.
-    """
-    if a.shape[0] == 0:
-        return a.new_zeros(offsets.shape[0], a.shape[1], b.shape[1])
-    if _can_group(a, b):
-        return F.grouped_mm(a.t(), b, offs=offsets)
-    pairs = zip(_split(a, offsets), _split(b, offsets), strict=True)
-    return torch.stack([left.t() @ right for left, right in pairs])
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        y = grouped_linear(x, self.weight, offsets)
+        return y if self.bias is None else y + self.bias[_group(offsets, x.shape[0])]
 
+    def input_grad(self, dy: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_linear(dy, self.weight.transpose(-2, -1), offsets)
 
-def _can_group(*tensors: Tensor) -> bool:
-    return all(t.dtype in _GROUPED_DTYPES and _aligned(t) for t in tensors)
+    def weight_grad(self, x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
+        if self.transposed:
+            return grouped_outer(x, dy, offsets)
+        return grouped_outer(dy, x, offsets)
 
 
-def _aligned(tensor: Tensor) -> bool:
-    size = tensor.element_size()
-    dense = 1 in tensor.stride()[-2:]
-    return dense and all(
-        stride == 1 or stride * size % _ALIGNMENT == 0 for stride in tensor.stride()
-    )
+class _MoeMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_index: Tensor,
+        topk_weight: Tensor,
+        up: Tensor,
+        down: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        bank: ExpertBank,
+    ) -> Tensor:
+        segments = cut(topk_index, bank.slot, bank.num_selected)
+        ups, downs = bank.up.matrices(), bank.down.matrices()
+        zs, ys = [], []
+        for trainable, segment in ((True, segments.selected), (False, segments.frozen)):
+            rows = x.index_select(0, segment.token)
+            z = _Linear(ups, bank.up, trainable).forward(rows, segment.offsets)
+            a = bank.activation(z)
+            ys.append(_Linear(downs, bank.down, trainable).forward(a, segment.offsets))
+            zs.append(z)
+        ctx.bank, ctx.segments = bank, segments
+        # The frozen rows' z serves the gradients of x and of the gates only; x, the trainable
+        # bank's alone.
+        flows = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        trains = ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if trains else None, topk_weight, zs[0], zs[1] if flows else None)
+        wide = torch.promote_types(x.dtype, topk_weight.dtype)
+        out = segments.sum_by_token([y.to(wide) for y in ys], topk_weight.to(wide))
+        return out.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, topk_weight, *zs = ctx.saved_tensors
+        bank, segments = ctx.bank, ctx.segments
+        need_x, _, need_gate, need_up, need_down, need_up_bias, need_down_bias, _ = (
+            ctx.needs_input_grad
+        )
+        weight = topk_weight.reshape(-1)
+        d_gate = torch.zeros_like(weight) if need_gate else None
+        ups, downs = bank.up.matrices(), bank.down.matrices()
+
+        dxs: list[Tensor] = []
+        grads: dict[str, Tensor] = {}
+        parts: list[tuple[bool, Segment, Tensor]] = [(True, segments.selected, zs[0])]
+        if need_x or need_gate:
+            parts.append((False, segments.frozen, zs[1]))
+        for trainable, segment, z in parts:
+            up = _Linear(ups, bank.up, trainable)
+            down = _Linear(downs, bank.down, trainable)
+            gate = weight.index_select(0, segment.row)[:, None]
+            # Before the gate: <dy, y> is the gate's gradient.
+            dy = d_out.index_select(0, segment.token)
+            da = down.input_grad(dy, segment.offsets)
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                a = bank.activation(z)
+            if d_gate is not None:
+                dots = (da * a.detach()).sum(-1, dtype=d_gate.dtype)
+                if down.bias is not None:
+                    bias = down.bias[_group(segment.offsets, dy.shape[0])]
+                    dots = dots + (dy * bias).sum(-1, dtype=d_gate.dtype)
+                d_gate[segment.row] = dots
+            (dz,) = torch.autograd.grad(a, z, (da * gate).to(a.dtype))
+            if trainable:
+                gated = (dy * gate).to(dy.dtype)
+                if need_down:
+                    grads["down"] = down.weight_grad(a.detach(), gated, segment.offsets)
+                if need_down_bias:
+                    grads["down_bias"] = _group_sum(gated, segment.offsets)
+                if need_up:
+                    rows = x.index_select(0, segment.token)
+                    grads["up"] = up.weight_grad(rows, dz, segment.offsets)
+                if need_up_bias:
+                    grads["up_bias"] = _group_sum(dz, segment.offsets)
+            if need_x:
+                dxs.append(up.input_grad(dz, segment.offsets))
+
+        return (
+            segments.sum_by_token(dxs) if need_x else None,
+            None,
+            None if d_gate is None else d_gate.view_as(topk_weight),
+            _like(grads.get("up"), bank.up.trainable),
+            _like(grads.get("down"), bank.down.trainable),
+            _like(grads.get("up_bias"), bank.up.trainable_bias),
+            _like(grads.get("down_bias"), bank.down.trainable_bias),
+            None,
+        )
 
 
-def _split(rows: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-    ends = offsets.tolist()
-    return rows.split([end - start for start, end in zip([0, *ends], ends, strict=False)])
+def _group(offsets: Tensor, rows: int) -> Tensor:
+    """Return the group of each row: `[M]` int64."""
+    place = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, place, right=True)
+
+
+def _group_sum(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Sum each group's rows: `[M, q]` -> `[G, q]`."""
+    ones = rows.new_zeros(rows.shape[0], 16 // rows.element_size())
+    ones[:, 0] = 1  # padded to the width that grouped_mm accepts
+    return grouped_outer(ones, rows, offsets)[:, 0]
+
+
+def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if grad is None or parameter is None else grad.to(parameter.dtype)

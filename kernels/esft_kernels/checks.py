@@ -1,0 +1,103 @@
+"""What `moe_mlp` accepts: shapes, dtypes and devices, told by the argument's name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esft_kernels.bank import ExpertBank, Projection
+
+
+def check(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) -> None:
+    """Refuse what no path computes. Reads no value, so that a GPU is not waited for.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+    """
+    hidden, experts = bank.up.in_features, bank.num_experts
+    _expect(x.dim() == 2 and x.shape[1] == hidden, "x", f"[T, {hidden}]", x)
+    _expect(x.is_floating_point(), "x", "a float dtype", x)
+    tokens = x.shape[0]
+    _expect(
+        topk_index.dim() == 2 and topk_index.shape[0] == tokens and topk_index.shape[1] > 0,
+        "topk_index",
+        f"[{tokens}, K], a row of expert ids for each row of x",
+        topk_index,
+    )
+    integer = topk_index.dtype in (torch.int64, torch.int32)
+    _expect(integer, "topk_index", "int64 or int32", topk_index)
+    same = topk_weight.shape == topk_index.shape
+    _expect(same, "topk_weight", f"{list(topk_index.shape)}, as topk_index", topk_weight)
+    _expect(topk_weight.is_floating_point(), "topk_weight", "a float dtype", topk_weight)
+    slot = bank.slot
+    _expect(slot.dim() == 1 and slot.dtype == torch.int64, "bank.slot", "[E] int64", slot)
+    for name, projection in (("bank.up", bank.up), ("bank.down", bank.down)):
+        _check_projection(name, projection, bank)
+    down = bank.down
+    _expect(
+        down.out_features == hidden, "bank.down.frozen", f"an output of width {hidden}", down.frozen
+    )
+    _expect(experts > 0, "bank.slot", "at least one expert", slot)
+    everything = {"topk_index": topk_index, "topk_weight": topk_weight, "bank.slot": slot}
+    for name, projection in (("bank.up", bank.up), ("bank.down", bank.down)):
+        everything |= {f"{name}.{key}": value for key, value in _tensors(projection).items()}
+    for name, tensor in everything.items():
+        _expect(tensor.device == x.device, name, f"device {x.device}, as x", tensor)
+
+
+def check_ids(topk_index: Tensor, num_experts: int) -> None:
+    """Refuse expert ids that name no expert. Waits for a GPU.
+
+    Raises:
+        ValueError: an id is below -1 or above E.
+    """
+    if topk_index.numel() and (topk_index.min() < -1 or topk_index.max() > num_experts):
+        raise bad_ids(topk_index, num_experts)
+
+
+def bad_ids(topk_index: Tensor, num_experts: int) -> ValueError:
+    """Say where the first expert id is that names no expert."""
+    token, k = ((topk_index < -1) | (topk_index > num_experts)).nonzero()[0].tolist()
+    return ValueError(
+        f"topk_index: expected expert ids 0 to {num_experts - 1} (or -1 or {num_experts} for an "
+        f"expert held elsewhere), got {int(topk_index[token, k])} at [{token}, {k}]"
+    )
+
+
+def _check_projection(name: str, projection: Projection, bank: ExpertBank) -> None:
+    n, rest = bank.num_selected, bank.num_experts - bank.num_selected
+    shape = (projection.in_features, projection.out_features)
+    shape = shape if projection.transposed else shape[::-1]
+    out = projection.out_features
+    expected = {
+        "trainable": [n, *shape],
+        "frozen": [rest, *shape],
+        "trainable_bias": [n, out],
+        "frozen_bias": [rest, out],
+    }
+    tensors = _tensors(projection)
+    for key, tensor in tensors.items():
+        label = f"{name}.{key}"
+        _expect(list(tensor.shape) == expected[key], label, f"{expected[key]}", tensor)
+        _expect(tensor.is_floating_point(), label, "a float dtype", tensor)
+    _expect(
+        projection.frozen.dtype == bank.dtype,
+        f"{name}.frozen",
+        f"{bank.dtype}, as bank.up.frozen",
+        projection.frozen,
+    )
+    if ("trainable_bias" in tensors) != ("frozen_bias" in tensors):
+        raise ValueError(f"{name}: expected a bias in both banks or in neither")
+
+
+def _tensors(projection: Projection) -> dict[str, Tensor]:
+    names = ("trainable", "frozen", "trainable_bias", "frozen_bias")
+    found = {name: getattr(projection, name) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _expect(holds: bool, name: str, expected: str, got: Tensor) -> None:
+    if not holds:
+        raise ValueError(
+            f"{name}: expected {expected}; got shape {list(got.shape)}, {got.dtype}, {got.device}"
+        )
