@@ -67,7 +67,9 @@ class Projection:
             trainable, frozen = trainable.transpose(-2, -1), frozen.transpose(-2, -1)
         biases = (self.trainable_bias, self.frozen_bias)
         return Matrices(
-            trainable, frozen, *(None if bias is None else bias.detach().to(dtype) for bias in biases)
+            trainable,
+            frozen,
+            *(None if bias is None else bias.detach().to(dtype) for bias in biases),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import ExpertBank, Projection
 
 
@@ -38,6 +39,13 @@ def check(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) 
         down.out_features == hidden, "bank.down.frozen", f"an output of width {hidden}", down.frozen
     )
     _expect(experts > 0, "bank.slot", "at least one expert", slot)
+    if isinstance(bank.activation, SwiGLU):
+        _expect(
+            bank.up.out_features == 2 * down.in_features,
+            "bank.up.frozen",
+            f"an output of width {2 * down.in_features}: a gate and an up half of bank.down's input",
+            bank.up.frozen,
+        )
     everything = {"topk_index": topk_index, "topk_weight": topk_weight, "bank.slot": slot}
     for name, projection in (("bank.up", bank.up), ("bank.down", bank.down)):
         everything |= {f"{name}.{key}": value for key, value in _tensors(projection).items()}
@@ -53,6 +61,16 @@ def check_ids(topk_index: Tensor, num_experts: int) -> None:
     """
     if topk_index.numel() and (topk_index.min() < -1 or topk_index.max() > num_experts):
         raise bad_ids(topk_index, num_experts)
+
+
+def check_inner(a: Tensor, bank: ExpertBank) -> None:
+    """Refuse an activation whose result does not fit the down projection.
+
+    Raises:
+        ValueError: its width is not bank.down's input.
+    """
+    expected = [a.shape[0], bank.down.in_features]
+    _expect(list(a.shape) == expected, "bank.activation", f"a result of shape {expected}", a)
 
 
 def bad_ids(topk_index: Tensor, num_experts: int) -> ValueError:

@@ -41,9 +41,9 @@ def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank
     path = choose(rows, bank)
     if path == "triton":
         # Not at the top: Triton exists on Linux only.
-        from esft_kernels import fused
+        from esft_kernels import tiled
 
-        out = fused.moe_mlp(rows, topk_index, topk_weight, bank)
+        out = tiled.moe_mlp(rows, topk_index, topk_weight, bank)
     elif path == "grouped":
         out = grouped.moe_mlp(rows, topk_index, topk_weight, bank)
     else:

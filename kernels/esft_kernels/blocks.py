@@ -1,0 +1,57 @@
+"""Pieces that several Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies the bit patterns of bf16 operands and knows no bf16 arithmetic;
+# compiled code never sees the branch that this turns on.
+_UPCAST = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Return `acc + a @ b` in fp32; fp32 operands are not rounded to tf32."""
+    if _UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:  # noqa: RET505 - a branch that is decided when the kernel is compiled
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def expert_matrix(W_TRAIN, W_FROZEN, slot, n_sel, STRIDE_T: tl.constexpr, STRIDE_F: tl.constexpr):
+    """Return where a slot's matrix begins: in the trainable bank below n_sel, else in the frozen."""
+    if slot < n_sel:
+        W = W_TRAIN + slot.to(tl.int64) * STRIDE_T
+    else:
+        W = W_FROZEN + (slot - n_sel).to(tl.int64) * STRIDE_F
+    return W
+
+
+@triton.jit
+def multiply(
+    x_rows, x_mask, W, n, n_mask, K: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return a tile `[BM, BN]` in fp32 of x @ W.
+
+    `x_rows` `[BM]` points at each row's first of K elements; W has strides (W_K, W_N) and its
+    columns `n` `[BN]` are wanted.
+    """
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        k_mask = (k0 + k) < K
+        x = tl.load(
+            x_rows[:, None] + (k0 + k)[None, :],
+            mask=x_mask[:, None] & k_mask[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            W + (k0 + k)[:, None] * W_K + n[None, :] * W_N,
+            mask=n_mask[None, :] & k_mask[:, None],
+            other=0.0,
+        )
+        acc = dot(x, w, acc)
+    return acc

@@ -1,0 +1,1 @@
+"""The down projection's and the activation's backward."""

@@ -1,0 +1,1 @@
+"""The sum of each token's rows."""

@@ -1,0 +1,1 @@
+"""Each row times its expert's matrix."""
