@@ -8,15 +8,17 @@ no parameter that could hold it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from esft_kernels import ExpertBank, Projection, moe_mlp
+from esft_kernels import ExpertBank, Projection, SwiGLU, moe_mlp
 from esft_kernels.bank import frozen_ids, slot_map
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.integrations.moe import ExpertsInterface
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
 from esft.errors import ModelError, SelectionError
 from esft.moe import MoeLayer, moe_layers
@@ -69,37 +71,66 @@ class AttachedExperts(nn.Module):
         trained = self.trainable[name].detach().to(frozen.dtype)
         return torch.cat([trained, frozen]).index_select(0, self.slot)
 
-    def bank(self, experts: nn.Module) -> ExpertBank:
-        """Return the banks as `moe_mlp` takes them, with the layout flags of the experts module."""
-        gated = bool(experts.has_gate)
-        transposed = bool(experts.is_transposed)
-        return ExpertBank(
-            up=self._projection("gate_up_proj" if gated else "up_proj", transposed),
-            down=self._projection("down_proj", transposed),
-            slot=self.slot,
-            activation=experts._apply_gate if gated else experts.act_fn,  # type: ignore[arg-type]
-        )
-
-    def _projection(self, name: str, transposed: bool) -> Projection:
-        bias = f"{name}_bias"
-        return Projection(
-            self.trainable[name],
-            self.frozen[name],
-            transposed,
-            self.trainable.get(bias),
-            self.frozen.get(bias),
-        )
-
 
 def _experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Run an experts module that has a selection attached. Signature of the experts interface."""
-    attached: AttachedExperts = self.esft  # type: ignore[assignment]
-    return moe_mlp(hidden_states, top_k_index, top_k_weights, attached.bank(self))
+    """Run an experts module. Signature of the experts interface."""
+    bank = _attached_bank(self) if hasattr(self, "esft") else _whole_bank(self)
+    return moe_mlp(hidden_states, top_k_index, top_k_weights, bank)
 
 
 ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+
+
+def _attached_bank(experts: nn.Module) -> ExpertBank:
+    """Return the banks of a module that has a selection attached."""
+    attached: AttachedExperts = experts.esft  # type: ignore[assignment]
+    return _bank(experts, dict(attached.trainable), dict(attached.frozen), attached.slot)
+
+
+def _whole_bank(experts: nn.Module) -> ExpertBank:
+    """Return a module's own stacks as one bank: of `experts_implementation="esft"` by itself."""
+    stacks = dict(experts.named_parameters(recurse=False))
+    none = {name: stack[:0] for name, stack in stacks.items()}
+    trains = any(stack.requires_grad for stack in stacks.values())
+    trainable, frozen = (stacks, none) if trains else (none, stacks)
+    first = next(iter(stacks.values()))
+    slot = torch.arange(first.shape[0], device=first.device)
+    return _bank(experts, trainable, frozen, slot)
+
+
+def _bank(
+    experts: nn.Module,
+    trainable: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    slot: Tensor,
+) -> ExpertBank:
+    """Put two banks together as `moe_mlp` takes them, with the layout of the experts module."""
+
+    def projection(name: str) -> Projection:
+        bias = f"{name}_bias"
+        return Projection(
+            trainable[name],
+            frozen[name],
+            bool(experts.is_transposed),
+            trainable.get(bias),
+            frozen.get(bias),
+        )
+
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    return ExpertBank(projection(up), projection("down_proj"), slot, _activation(experts))
+
+
+def _activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what an experts module applies between its projections."""
+    if not experts.has_gate:
+        return experts.act_fn  # type: ignore[return-value]
+    apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
+    stock = getattr(apply_gate, "__func__", None) is _default_apply_gate
+    if stock and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation)):
+        return SwiGLU()  # the same function, under the name that the kernels know
+    return apply_gate
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from esft_kernels import SwiGLU
 
 from esft.errors import ModelError, SelectionError
-from esft.experts import attach, attached_layers, detach
+from esft.experts import _attached_bank, attach, attached_layers, detach
 from esft.moe import moe_layers, trainable_parameters
 from esft.selection import Selection
 from tests.models import FAMILIES, HIDDEN, INNER, tiny
@@ -59,6 +60,52 @@ def test_gradients_equal_ordinary_autograd(family, implementation):
                 compared += 1
     assert len(stacks) == (4 if family == "gpt_oss" else 2)  # biases are stacks of their own
     assert compared == len(stacks) * sum(map(len, PICKED.values()))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_a_whole_model_through_the_triton_kernels(family, monkeypatch):
+    """Each kind of path in them: SwiGLU; transposed, interleaved, with biases; no gate."""
+    model = attach(tiny(family), selection())
+    ids = batches(1)[0][:1]
+    found = {}
+    for path in ("grouped", "triton"):
+        monkeypatch.setenv("ESFT_KERNELS", path)
+        loss = model(input_ids=ids, labels=ids).loss
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found[path] = [loss.detach(), *torch.autograd.grad(loss, trained)]
+    for expected, value in zip(*found.values(), strict=True):
+        assert expected.norm() > 0
+        assert (value - expected).norm() / expected.norm() < 1e-5
+
+
+def test_swiglu_is_fused_where_a_family_computes_it_and_nowhere_else():
+    """The models' own classes say so; that it is the same function, the gradients above say."""
+    expected = {"qwen3_moe": True, "deepseek_v3": True, "gpt_oss": False, "nemotron_h": False}
+    for family, fused in expected.items():
+        model = attach(tiny(family), selection())
+        experts = moe_layers(model)[0].experts
+        assert isinstance(_attached_bank(experts).activation, SwiGLU) == fused
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_experts_implementation_by_itself(family, trains):
+    """Without a selection: whole stacks, trained or frozen, as with transformers' own."""
+    model = tiny(family)
+    ids = batches(1)[0]
+    found = {}
+    for implementation in ("eager", "esft"):
+        model.set_experts_implementation(implementation)
+        for layer in moe_layers(model):
+            layer.experts.requires_grad_(trains)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found[implementation] = [loss.detach(), *grads]
+    assert len(found["eager"]) == len(found["esft"])
+    for expected, value in zip(*found.values(), strict=True):
+        assert (value - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -29,5 +29,6 @@ class SwiGLU:
         return gate, up
 
     def __call__(self, z: Tensor) -> Tensor:
+        """Map `[.., 2I]` to `[.., I]`."""
         gate, up = self.split(z)
         return F.silu(gate) * up

@@ -21,7 +21,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def expert_matrix(W_TRAIN, W_FROZEN, slot, n_sel, STRIDE_T: tl.constexpr, STRIDE_F: tl.constexpr):
-    """Return where a slot's matrix begins: in the trainable bank below n_sel, else in the frozen."""
+    """Return where a slot's matrix begins: below n_sel in the trainable bank."""
     if slot < n_sel:
         W = W_TRAIN + slot.to(tl.int64) * STRIDE_T
     else:

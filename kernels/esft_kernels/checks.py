@@ -43,7 +43,7 @@ def check(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) 
         _expect(
             bank.up.out_features == 2 * down.in_features,
             "bank.up.frozen",
-            f"an output of width {2 * down.in_features}: a gate and an up half of bank.down's input",
+            f"an output of width {2 * down.in_features}, twice bank.down's input",
             bank.up.frozen,
         )
     everything = {"topk_index": topk_index, "topk_weight": topk_weight, "bank.slot": slot}

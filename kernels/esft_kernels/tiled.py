@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from esft_kernels.activation import SwiGLU
-from esft_kernels.bank import ExpertBank, Projection
+from esft_kernels.bank import ExpertBank
 from esft_kernels.checks import check_inner
 from esft_kernels.config import Config, layer_config
 from esft_kernels.down_dact_bwd.triton import down_dact_bwd
@@ -66,8 +66,9 @@ class _MoeMlp(torch.autograd.Function):
         )
         rows = route(topk_index, bank.slot, config.block_m)
         ups, downs = bank.up.matrices(), bank.down.matrices()
-        if _fuses(bank):
-            z, a = up_swiglu_fwd(x, ups, rows, bank.activation, config.kernels["up_swiglu_fwd"])
+        swiglu = _fused_activation(bank)
+        if swiglu is not None:
+            z, a = up_swiglu_fwd(x, ups, rows, swiglu, config.kernels["up_swiglu_fwd"])
         else:
             z = grouped_gemm(x, ups, rows, gather=True, config=config.kernels["grouped_gemm"])
             a = bank.activation(z).contiguous()
@@ -89,8 +90,22 @@ class _MoeMlp(torch.autograd.Function):
         n = bank.num_selected
         # Without a gradient to pass on, only the trainable bank's rows matter.
         slots = rows.num_experts if need_x or need_gate else n
-        through = _through_swiglu if _fuses(bank) else _through_activation
-        dz, gated, d_gate = through(d_out, z, topk_weight, bank, rows, config, slots)
+        swiglu = _fused_activation(bank)
+        if swiglu is not None:
+            dz, gated, d_gate = down_dact_bwd(
+                d_out,
+                bank.down.matrices(),
+                z,
+                topk_weight,
+                rows,
+                swiglu,
+                config.kernels["down_dact_bwd"],
+                slots,
+            )
+        else:
+            dz, gated, d_gate = _through_activation(
+                d_out, z, topk_weight, bank, rows, config, slots
+            )
 
         def outer(p: Tensor, q: Tensor, like: Tensor, gather_p: bool, gather_q: bool) -> Tensor:
             return wgrad_selected(
@@ -128,35 +143,14 @@ class _MoeMlp(torch.autograd.Function):
                 dz, back, rows, gather=False, config=config.kernels["grouped_gemm"]
             )
             d_x = gather_sum(d_rows, rows, config=config.kernels["gather_sum"])
-        d_gate = d_gate.to(topk_weight.dtype) if need_gate else None
-        return d_x, None, d_gate, d_up, d_down, d_up_bias, d_down_bias, None
+        d_weight = d_gate.to(topk_weight.dtype) if need_gate else None
+        return d_x, None, d_weight, d_up, d_down, d_up_bias, d_down_bias, None
 
 
-def _fuses(bank: ExpertBank) -> bool:
+def _fused_activation(bank: ExpertBank) -> SwiGLU | None:
+    """Return the activation if the kernels compute it themselves."""
     plain = bank.up.frozen_bias is None and bank.down.frozen_bias is None
-    return plain and isinstance(bank.activation, SwiGLU)
-
-
-def _through_swiglu(
-    d_out: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    bank: ExpertBank,
-    rows: Rows,
-    config: Config,
-    slots: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz `[N, 2I]`, `weight * a` `[N, I]` and the gradient of weight `[T, K]`."""
-    return down_dact_bwd(
-        d_out,
-        bank.down.matrices(),
-        z,
-        weight,
-        rows,
-        bank.activation,  # type: ignore[arg-type] - see _fuses
-        config.kernels["down_dact_bwd"],
-        slots,
-    )
+    return bank.activation if plain and isinstance(bank.activation, SwiGLU) else None
 
 
 def _through_activation(
@@ -168,7 +162,7 @@ def _through_activation(
     config: Config,
     slots: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same for any activation, and for biases."""
+    """Do what `down_dact_bwd` does, for any activation and with biases."""
     downs = bank.down.matrices()
     da = grouped_gemm(
         d_out,
