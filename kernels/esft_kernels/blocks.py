@@ -30,6 +30,16 @@ def expert_matrix(W_TRAIN, W_FROZEN, slot, n_sel, STRIDE_T: tl.constexpr, STRIDE
 
 
 @triton.jit
+def tile(COLUMNS: tl.constexpr):
+    """Return this program's column of tiles, and its place in the list of tiles of rows.
+
+    The columns of one tile of rows run together: they share its rows of x in the cache. One axis
+    for both, since a GPU takes no more than 65,535 programs along another.
+    """
+    return tl.program_id(0) % COLUMNS, tl.program_id(0) // COLUMNS
+
+
+@triton.jit
 def multiply(
     x_rows, x_mask, W, n, n_mask, K: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from esft_kernels import grouped
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import ExpertBank
 from esft_kernels.checks import check_inner
@@ -29,17 +30,18 @@ from esft_kernels.wgrad_selected.triton import wgrad_selected
 def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) -> Tensor:
     """Compute what `esft_kernels.moe_mlp` does; x is in the frozen bank's dtype."""
     if x.shape[0] == 0:
-        return x + topk_weight.sum().to(x.dtype)  # nothing to launch; keeps both in the graph
-    out: Tensor = _MoeMlp.apply(
-        x,
-        topk_index,
-        topk_weight,
-        bank.up.trainable,
-        bank.down.trainable,
-        bank.up.trainable_bias,
-        bank.down.trainable_bias,
-        bank,
-    )
+        return grouped.moe_mlp(x, topk_index, topk_weight, bank)  # no program to launch
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors'
+        out: Tensor = _MoeMlp.apply(
+            x,
+            topk_index,
+            topk_weight,
+            bank.up.trainable,
+            bank.down.trainable,
+            bank.up.trainable_bias,
+            bank.down.trainable_bias,
+            bank,
+        )
     return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import Matrices
-from esft_kernels.blocks import expert_matrix, multiply
+from esft_kernels.blocks import expert_matrix, multiply, tile
 from esft_kernels.rows import Rows
 from esft_kernels.strides import bank_strides, halves
 
@@ -54,7 +54,7 @@ def down_dact_bwd(
     # Partial sums, added up in a fixed order: no atomics.
     d_weight = z.new_zeros(columns * config["SPLIT"], *weight.shape, dtype=torch.float32)
     back = down.transpose()
-    _down_dact_bwd[(columns, rows.num_tiles)](
+    _down_dact_bwd[(columns * rows.num_tiles,)](
         d_out, back.trainable, back.frozen, z, weight, dz, gated, d_weight,
         rows.token, rows.flat, rows.offsets, rows.tile_slot, rows.tile_row,
         n, rows.num_experts if slots is None else slots, N,
@@ -72,7 +72,7 @@ def _down_dact_bwd(
     STEP: tl.constexpr, UP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    pn, pm = tl.program_id(0), tl.program_id(1)
+    pn, pm = tile(tl.cdiv(I, BN))
     slot = tl.load(TILE_SLOT + pm)
     if slot >= slots:
         return

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esft_kernels.bank import Matrices
-from esft_kernels.blocks import expert_matrix, multiply
+from esft_kernels.blocks import expert_matrix, multiply, tile
 from esft_kernels.rows import Rows
 from esft_kernels.strides import bank_strides
 
@@ -41,7 +41,7 @@ def grouped_gemm(
     has_bias = matrices.frozen_bias is not None
     # Without a bias any pointer does: the kernel does not look.
     biases = (matrices.trainable_bias, matrices.frozen_bias) if has_bias else (x, x)
-    _grouped_gemm[(triton.cdiv(out, config["BN"]), rows.num_tiles)](
+    _grouped_gemm[(triton.cdiv(out, config["BN"]) * rows.num_tiles,)](
         x, matrices.trainable, matrices.frozen, *biases, y,
         rows.token, rows.offsets, rows.tile_slot, rows.tile_row,
         matrices.trainable.shape[0], rows.num_experts if slots is None else slots,
@@ -59,7 +59,7 @@ def _grouped_gemm(
     GATHER: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    pn, pm = tl.program_id(0), tl.program_id(1)
+    pn, pm = tile(tl.cdiv(N, BN))
     slot = tl.load(TILE_SLOT + pm)
     if slot >= slots:
         return

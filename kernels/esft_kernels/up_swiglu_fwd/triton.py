@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import Matrices
-from esft_kernels.blocks import dot, expert_matrix
+from esft_kernels.blocks import dot, expert_matrix, tile
 from esft_kernels.rows import Rows
 from esft_kernels.strides import bank_strides, halves
 
@@ -33,7 +33,7 @@ def up_swiglu_fwd(
     N, H = rows.flat.shape[0], x.shape[1]
     I = up.frozen.shape[-1] // 2  # noqa: E741
     z, a = x.new_empty(N, 2 * I), x.new_empty(N, I)
-    _up_swiglu_fwd[(triton.cdiv(I, config["BN"]), rows.num_tiles)](
+    _up_swiglu_fwd[(triton.cdiv(I, config["BN"]) * rows.num_tiles,)](
         x, up.trainable, up.frozen, z, a,
         rows.token, rows.offsets, rows.tile_slot, rows.tile_row,
         up.trainable.shape[0], rows.num_experts,
@@ -50,8 +50,7 @@ def _up_swiglu_fwd(
     STEP: tl.constexpr, UP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # Columns of one tile of rows run together: they share its rows of x in the cache.
-    pn, pm = tl.program_id(0), tl.program_id(1)
+    pn, pm = tile(tl.cdiv(I, BN))
     slot = tl.load(TILE_SLOT + pm)
     if slot >= slots:
         return
