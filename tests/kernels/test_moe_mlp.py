@@ -6,88 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from esft_kernels import ExpertBank, Projection, moe_mlp, naive
-from esft_kernels.bank import frozen_ids, slot_map
+from esft_kernels import moe_mlp, naive
+from expert_layers import E, I, error, inputs, leaves, make_bank, run, whole_numbers
 from torch import Tensor
-from torch.nn import functional as F
-
-E, H, I = 6, 16, 8  # noqa: E741
-
-
-def swiglu(z: Tensor) -> Tensor:
-    gate, up = z.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def interleaved(z: Tensor) -> Tensor:
-    gate, up = z[..., ::2], z[..., 1::2]
-    return (up + 1) * gate * torch.sigmoid(1.7 * gate)
-
-
-def make_bank(
-    selected: list[int],
-    *,
-    dtype: torch.dtype = torch.float64,
-    transposed: bool = False,
-    bias: bool = False,
-    inner: int = I,
-    param_dtype: torch.dtype | None = None,
-) -> ExpertBank:
-    generator = torch.Generator().manual_seed(1)
-    rest = frozen_ids(selected, E)
-
-    def projection(rows: int, columns: int) -> Projection:
-        shape = (E, columns, rows) if transposed else (E, rows, columns)
-        weight = torch.randn(shape, generator=generator, dtype=torch.float64) / columns**0.5
-        shift = torch.randn((E, rows), generator=generator, dtype=torch.float64) if bias else None
-        own = param_dtype or dtype
-        return Projection(
-            weight[selected].to(own).requires_grad_(),
-            weight[rest].to(dtype),
-            transposed,
-            None if shift is None else shift[selected].to(own).requires_grad_(),
-            None if shift is None else shift[rest].to(dtype),
-        )
-
-    return ExpertBank(
-        up=projection(2 * inner, H),
-        down=projection(H, inner),
-        slot=slot_map(selected, E),
-        activation=interleaved if bias else swiglu,
-    )
-
-
-def inputs(tokens: int, k: int, dtype: torch.dtype, only: int | None = None) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(tokens, H, generator=generator, dtype=torch.float64)
-    scores = torch.rand(tokens, E, generator=generator, dtype=torch.float64)
-    scores[:, 4] = 0  # an expert that nobody chooses, unless K is E
-    weight, index = scores.topk(k)
-    if only is not None:
-        index = torch.full_like(index, only)
-    return [x.to(dtype).requires_grad_(), index, weight.to(dtype).requires_grad_()]
-
-
-def leaves(bank: ExpertBank) -> list[Tensor]:
-    both = (bank.up, bank.down)
-    found = [p.trainable for p in both] + [p.trainable_bias for p in both]
-    return [tensor for tensor in found if tensor is not None]
-
-
-def run(fn, args: list[Tensor], bank: ExpertBank) -> tuple[Tensor, list[Tensor]]:
-    out = fn(*args, bank)
-    direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    wanted = [args[0], args[2], *leaves(bank)]
-    grads = torch.autograd.grad((out * direction).sum(), wanted, allow_unused=True)
-    return out, [
-        torch.zeros_like(leaf) if grad is None else grad
-        for leaf, grad in zip(wanted, grads, strict=True)
-    ]
-
-
-def error(value: Tensor, reference: Tensor) -> float:
-    scale = reference.detach().norm().clamp_min(1e-12)
-    return float((value.detach().double() - reference.detach()).norm() / scale)
 
 
 @pytest.mark.parametrize("selected", [[], [3], [5, 0, 4], [0, 1, 2, 3, 4, 5]])
@@ -194,36 +115,6 @@ def test_any_input_may_be_frozen(wanted):
     for name in wanted:
         assert expected[name].norm() > 0
         assert error(found[name], expected[name]) < 1e-5
-
-
-def whole_numbers(
-    inner: int, dtype: torch.dtype, gate_dtype: torch.dtype
-) -> tuple[list[Tensor], ExpertBank, Tensor]:
-    """Inputs, experts and d_out of small whole numbers: every product of bf16 numbers is exact.
-
-    Gates are multiples of 2^-12, more digits than bf16 has; the activation adds both halves.
-    """
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int, limit: int = 1) -> Tensor:
-        return torch.randint(-limit, limit + 1, shape, generator=generator).to(dtype)
-
-    def projection(rows: int, columns: int, bias: Tensor) -> Projection:
-        weight = draw(E, rows, columns)
-        return Projection(weight[:2].clone(), weight[2:].clone(), False, bias[:2], bias[2:])
-
-    bank = ExpertBank(
-        up=projection(2 * inner, H, draw(E, 2 * inner)),
-        # Halves up to 64.5, times d_out, over H columns: exact in 8 bits each, but not their sum.
-        down=projection(H, inner, draw(E, H, limit=129) / 2),
-        slot=slot_map([0, 1], E),
-        activation=lambda z: z[:, : z.shape[1] // 2] + z[:, z.shape[1] // 2 :],
-    )
-    tokens = 32
-    x, d_out = draw(tokens, H), draw(tokens, H)
-    index = torch.stack([torch.randperm(E, generator=generator) for _ in range(tokens)])
-    weight = torch.randint(1, 4096, (tokens, E), generator=generator) / 4096
-    return [x, index, weight.to(gate_dtype).requires_grad_()], bank, d_out
 
 
 def test_experts_outputs_are_summed_in_the_wider_dtype():
