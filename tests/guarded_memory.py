@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GUARD = 2048
+GUARD = 4096
 """Elements before and after each tensor: more than a tile of the tests reaches."""
 POISON = -77
 """In whole numbers; floats hold NaN."""

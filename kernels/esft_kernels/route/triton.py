@@ -25,7 +25,8 @@ def route(topk_index: Tensor, slot: Tensor, block_m: int) -> Rows:
         block_m: rows of a tile.
     """
     (E,), N = slot.shape, topk_index.numel()
-    ids = topk_index.reshape(-1)
+    # `reshape` alone may return a view with gaps.
+    ids, slot = topk_index.reshape(-1).contiguous(), slot.contiguous()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
