@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ HALVES = 2
 NOT_COUNTED = 2  # the half of tokens that are in neither
 
 
+class Watcher(Protocol):
+    """Is shown every choice that `RoutingSums` adds up."""
+
+    def add(self, layer: MoeLayer, half_T: Tensor, index_TK: Tensor) -> None:
+        """Take a batch of a layer's choices, on the layer's device.
+
+        Args:
+            layer: who chose.
+            half_T: 0, 1 or `NOT_COUNTED`, `[T]`.
+            index_TK: expert ids, `[T, K]`; E where the router chose no real expert.
+        """
+
+
 class RoutingSums:
     """Sums over the tokens of each half of a sample, in float64 on the devices of the layers.
 
@@ -29,8 +43,9 @@ class RoutingSums:
             Set it before each forward call inside `hooked`.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+    def __init__(self, layers: Sequence[MoeLayer], watchers: Sequence[Watcher] = ()) -> None:
         self._layers = layers
+        self._watchers = watchers
         self._sums: dict[int, Tensor] = {}  # by layer index: [2, 3 * (E + 1)]: counts, gates
         self.half_T = torch.zeros(0, dtype=torch.int64)
 
@@ -74,6 +89,8 @@ class RoutingSums:
         counts, gates = self._sums[layer.index]
         counts.scatter_add_(0, slot_N, torch.ones_like(gate_N))
         gates.scatter_add_(0, slot_N, gate_N)
+        for watcher in self._watchers:
+            watcher.add(layer, half_T, column_TK)
 
     def scores(self, halves: Sequence[int], tokens: int) -> dict[int, LayerScores]:
         """Return the scores, by layer index, over one or both halves.
