@@ -16,8 +16,8 @@ class Matrices:
     Attributes:
         trainable: `[n, in, out]`, any strides.
         frozen: `[E - n, in, out]`, a view of the frozen bank.
-        trainable_bias: `[n, out]` or None.
-        frozen_bias: `[E - n, out]` or None.
+        trainable_bias: `[n, out]`, contiguous, or None.
+        frozen_bias: `[E - n, out]`, contiguous, or None.
     """
 
     trainable: Tensor
@@ -69,7 +69,7 @@ class Projection:
         return Matrices(
             trainable,
             frozen,
-            *(None if bias is None else bias.detach().to(dtype) for bias in biases),
+            *(None if bias is None else bias.detach().to(dtype).contiguous() for bias in biases),
         )
 
 

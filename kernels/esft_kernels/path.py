@@ -69,8 +69,12 @@ def obstacle(x: Tensor, bank: ExpertBank) -> str | None:
 
 def _same_layout(projection: Projection) -> bool:
     trainable, frozen = projection.trainable, projection.frozen
-    either_empty = trainable.shape[0] == 0 or frozen.shape[0] == 0
-    return either_empty or trainable.stride()[1:] == frozen.stride()[1:]
+    if trainable.shape[0] == 0 or frozen.shape[0] == 0:
+        return True
+    if trainable.dtype != frozen.dtype:
+        # What is multiplied by is a cast of it, and a cast closes gaps.
+        trainable = torch.empty_like(trainable, dtype=frozen.dtype, device="meta")
+    return trainable.stride()[1:] == frozen.stride()[1:]
 
 
 @functools.cache

@@ -187,7 +187,7 @@ def _through_activation(
         slot = torch.searchsorted(
             rows.offsets[1:], torch.arange(dots.shape[0], device=dots.device), right=True
         ).clamp_(max=rows.num_experts - 1)
-        dots += (d_out @ bias.t())[rows.token, slot]
+        dots += (d_out.float() @ bias.float().t())[rows.token, slot]
     # Rows without an expert were never written.
     d_weight = torch.where(rows.place >= 0, dots[rows.place.clamp(min=0)], 0.0)
     return dz.contiguous(), (a * row_weight).to(a.dtype), d_weight
