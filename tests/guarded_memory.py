@@ -54,6 +54,10 @@ class GuardedMemory(TorchDispatchMode):
         copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         return copy.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 
+    def lent(self) -> list[Tensor]:
+        """Return every tensor that was allocated so far, flattened."""
+        return [memory[GUARD : GUARD + extent] for memory, extent in self._lent]
+
     def check(self) -> None:
         """Fail where a guard is no longer what it was."""
         for memory, extent in self._lent:
