@@ -65,3 +65,43 @@ def multiply(
         )
         acc = dot(x, w, acc)
     return acc
+
+
+@triton.jit
+def load_halves(
+    Z, loc, row_mask, n0,
+    I: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr,  # noqa: E741
+):  # fmt: skip
+    """Return gate and up `[BM, BN]` in fp32: columns from n0 of rows `loc` of Z `[.., 2I]`."""
+    if INTERLEAVED:
+        # Halves in turns come as one block: elements two apart would be loads of two bytes.
+        n = 2 * n0 + tl.arange(0, 2 * BN)
+        mask = row_mask[:, None] & (n < 2 * I)[None, :]
+        z = tl.load(Z + loc[:, None] * (2 * I) + n[None, :], mask=mask, other=0.0)
+        gate, up = tl.split(tl.reshape(z, (z.shape[0], BN, 2)))
+    else:
+        n = n0 + tl.arange(0, BN)
+        mask = row_mask[:, None] & (n < I)[None, :]
+        offset = loc[:, None] * (2 * I) + n[None, :]
+        gate = tl.load(Z + offset, mask=mask, other=0.0)
+        up = tl.load(Z + offset + I, mask=mask, other=0.0)
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def store_halves(
+    Z, loc, row_mask, n0, gate, up,
+    I: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr,  # noqa: E741
+):  # fmt: skip
+    """Store gate and up `[BM, BN]` to where `load_halves` finds them."""
+    gate, up = gate.to(Z.dtype.element_ty), up.to(Z.dtype.element_ty)
+    if INTERLEAVED:
+        n = 2 * n0 + tl.arange(0, 2 * BN)
+        mask = row_mask[:, None] & (n < 2 * I)[None, :]
+        tl.store(Z + loc[:, None] * (2 * I) + n[None, :], tl.interleave(gate, up), mask=mask)
+    else:
+        n = n0 + tl.arange(0, BN)
+        mask = row_mask[:, None] & (n < I)[None, :]
+        offset = loc[:, None] * (2 * I) + n[None, :]
+        tl.store(Z + offset, gate, mask=mask)
+        tl.store(Z + offset + I, up, mask=mask)

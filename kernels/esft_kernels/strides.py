@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import Matrices
 
 
@@ -19,8 +18,3 @@ def bank_strides(matrices: Matrices) -> dict[str, int]:
         "W_K": inner.stride(1),
         "W_N": inner.stride(2),
     }
-
-
-def halves(activation: SwiGLU, inner: int) -> dict[str, int]:
-    """Return where gate j and up j stand among 2I columns: at `j * STEP` and `j * STEP + UP`."""
-    return {"STEP": 2, "UP": 1} if activation.interleaved else {"STEP": 1, "UP": inner}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import Matrices
-from esft_kernels.blocks import expert_matrix, multiply, tile
+from esft_kernels.blocks import expert_matrix, load_halves, multiply, store_halves, tile
 from esft_kernels.rows import Rows
-from esft_kernels.strides import bank_strides, halves
+from esft_kernels.strides import bank_strides
 
 
 def down_dact_bwd(
@@ -58,7 +58,8 @@ def down_dact_bwd(
         d_out, back.trainable, back.frozen, z, weight, dz, gated, d_weight,
         rows.token, rows.flat, rows.offsets, rows.tile_slot, rows.tile_row,
         n, rows.num_experts if slots is None else slots, N,
-        H=H, I=I, **bank_strides(back), **halves(activation, I), BM=rows.block_m, **config,
+        H=H, I=I, **bank_strides(back), INTERLEAVED=activation.interleaved,
+        BM=rows.block_m, **config,
     )  # fmt: skip
     return dz, gated, d_weight.sum(0)
 
@@ -69,7 +70,7 @@ def _down_dact_bwd(
     TOKEN, FLAT, OFFSETS, TILE_SLOT, TILE_ROW, n_sel, slots, N,
     H: tl.constexpr, I: tl.constexpr,  # noqa: E741
     STRIDE_T: tl.constexpr, STRIDE_F: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr,
-    STEP: tl.constexpr, UP: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     pn, pm = tile(tl.cdiv(I, BN))
@@ -94,37 +95,34 @@ def _down_dact_bwd(
     if SPLIT == 1:
         _through_swiglu(
             da, pn * BN, loc, row_mask, flat, weight, trains, Z, DZ, GATED, D_WEIGHT,
-            I, STEP, UP, BN,
+            I, INTERLEAVED, BN,
         )  # fmt: skip
     else:
         left, right = tl.split(tl.permute(tl.reshape(da, (BM, 2, BN // 2)), (0, 2, 1)))
         _through_swiglu(
             left, pn * BN, loc, row_mask, flat, weight, trains, Z, DZ, GATED, D_WEIGHT,
-            I, STEP, UP, BN // 2,
+            I, INTERLEAVED, BN // 2,
         )  # fmt: skip
         _through_swiglu(
             right, pn * BN + BN // 2, loc, row_mask, flat, weight, trains, Z, DZ, GATED,
-            D_WEIGHT + N, I, STEP, UP, BN // 2,
+            D_WEIGHT + N, I, INTERLEAVED, BN // 2,
         )  # fmt: skip
 
 
 @triton.jit
 def _through_swiglu(
     da, n0, loc, row_mask, flat, weight, trains, Z, DZ, GATED, D_WEIGHT,
-    I: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr, BN: tl.constexpr,  # noqa: E741
+    I: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
     n = n0 + tl.arange(0, BN)
-    mask = row_mask[:, None] & (n < I)[None, :]
-    offset = loc[:, None] * (2 * I) + n[None, :] * STEP
-    gate = tl.load(Z + offset, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(Z + offset + UP, mask=mask, other=0.0).to(tl.float32)
+    gate, up = load_halves(Z, loc, row_mask, n0, I, INTERLEAVED, BN)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     tl.store(D_WEIGHT + flat, tl.sum(da * silu * up, axis=1), mask=row_mask)
     if trains:  # the only experts whose down projection needs weight * a
         gated = (silu * up * weight[:, None]).to(GATED.dtype.element_ty)
+        mask = row_mask[:, None] & (n < I)[None, :]
         tl.store(GATED + loc[:, None] * I + n[None, :], gated, mask=mask)
     da *= weight[:, None]
-    tl.store(DZ + offset + UP, (da * silu).to(DZ.dtype.element_ty), mask=mask)
     d_gate = da * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(DZ + offset, d_gate.to(DZ.dtype.element_ty), mask=mask)
+    store_halves(DZ, loc, row_mask, n0, d_gate, da * silu, I, INTERLEAVED, BN)

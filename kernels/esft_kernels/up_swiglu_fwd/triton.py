@@ -10,9 +10,9 @@ from torch import Tensor
 
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import Matrices
-from esft_kernels.blocks import dot, expert_matrix, tile
+from esft_kernels.blocks import dot, expert_matrix, store_halves, tile
 from esft_kernels.rows import Rows
-from esft_kernels.strides import bank_strides, halves
+from esft_kernels.strides import bank_strides
 
 
 def up_swiglu_fwd(
@@ -37,7 +37,7 @@ def up_swiglu_fwd(
         x, up.trainable, up.frozen, z, a,
         rows.token, rows.offsets, rows.tile_slot, rows.tile_row,
         up.trainable.shape[0], rows.num_experts,
-        H=H, I=I, **bank_strides(up), **halves(activation, I), BM=rows.block_m, **config,
+        H=H, I=I, **bank_strides(up), INTERLEAVED=activation.interleaved, BM=rows.block_m, **config,
     )  # fmt: skip
     return z, a
 
@@ -47,7 +47,7 @@ def _up_swiglu_fwd(
     X, W_TRAIN, W_FROZEN, Z, A, TOKEN, OFFSETS, TILE_SLOT, TILE_ROW, n_sel, slots,
     H: tl.constexpr, I: tl.constexpr,  # noqa: E741
     STRIDE_T: tl.constexpr, STRIDE_F: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr,
-    STEP: tl.constexpr, UP: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     pn, pm = tile(tl.cdiv(I, BN))
@@ -62,6 +62,9 @@ def _up_swiglu_fwd(
     n = pn * BN + tl.arange(0, BN)
     n_mask = n < I
     k = tl.arange(0, BK)
+    # Where gate j and up j stand among the 2I columns: at `j * STEP` and `j * STEP + UP`.
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
+    UP: tl.constexpr = 1 if INTERLEAVED else I
     gate = tl.zeros((BM, BN), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, H, BK):
@@ -75,11 +78,12 @@ def _up_swiglu_fwd(
         w_mask = k_mask[:, None] & n_mask[None, :]
         gate = dot(x, tl.load(w, mask=w_mask, other=0.0), gate)
         up = dot(x, tl.load(w + UP * W_N, mask=w_mask, other=0.0), up)
-    mask = row_mask[:, None] & n_mask[None, :]
     # A 64-bit base and 32-bit offsets within the tile: no overflow, and few registers.
-    z = Z + row0.to(tl.int64) * (2 * I) + (loc[:, None] * (2 * I) + n[None, :] * STEP)
-    tl.store(z, gate.to(Z.dtype.element_ty), mask=mask)
-    tl.store(z + UP, up.to(Z.dtype.element_ty), mask=mask)
+    base = row0.to(tl.int64)
+    store_halves(Z + base * (2 * I), loc, row_mask, pn * BN, gate, up, I, INTERLEAVED, BN)
     a = gate * tl.sigmoid(gate) * up
-    A += row0.to(tl.int64) * I
-    tl.store(A + loc[:, None] * I + n[None, :], a.to(A.dtype.element_ty), mask=mask)
+    tl.store(
+        A + base * I + loc[:, None] * I + n[None, :],
+        a.to(A.dtype.element_ty),
+        mask=row_mask[:, None] & n_mask[None, :],
+    )
