@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esft.cooccurrence import Cooccurrence
 from esft.data.batching import batches, padded
 from esft.data.encode import Example, encode_rows
 from esft.data.packing import sample
 from esft.data.rows import Row, read_rows
+from esft.diagnostics import routing
 from esft.errors import DataError
+from esft.layer_scores import METRICS, HalfScores, LayerScores
 from esft.loading import load_config, load_model, load_skeleton, load_tokenizer, resolve
 from esft.moe import anatomy, moe_layers, text_config
 from esft.progress import SILENT, Reporter
 from esft.ranking import shares, until
 from esft.routing import HALVES, NOT_COUNTED, RoutingSums
-from esft.scores import METRICS, LayerScores, Scores
+from esft.scores import Scores
 from esft.selection_rule import DEFAULT_P
+from esft.token_routing import TokenRouting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +49,7 @@ def profile(
     seq_len: int = SEQ_LEN,
     seed: int = 0,
     count: str = "all",
+    cooccurrence: bool = False,
     device: str | None = None,
     dtype: str = "auto",
     reporter: Reporter = SILENT,
@@ -58,6 +63,7 @@ def profile(
         seq_len: longer rows are cut to this many tokens, or to what the model can take.
         seed: of the sample.
         count: which tokens count: `all`, or only those of the `prompt` or the `completion`.
+        cooccurrence: also count how often two experts of a layer serve the same token.
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
         dtype: of the weights in memory, see `esft.loading.pick_dtype`.
         reporter: shown the progress.
@@ -79,6 +85,7 @@ def profile(
         loaded,
         examples,
         count=count,
+        cooccurrence=cooccurrence,
         name=str(model),
         bytes_per_parameter=stored_bytes(folder),
         reporter=reporter,
@@ -92,6 +99,7 @@ def profile_model(
     examples: Sequence[Example],
     *,
     count: str = "all",
+    cooccurrence: bool = False,
     name: str | None = None,
     bytes_per_parameter: int | None = None,
     batch_tokens: int | None = None,
@@ -108,6 +116,7 @@ def profile_model(
         model: left as it was, but for the mode: it is put into evaluation mode meanwhile.
         examples: the sample.
         count: which tokens count: `all`, or only those of the `prompt` or the `completion`.
+        cooccurrence: also count how often two experts of a layer serve the same token.
         name: what the scores call the model.
         bytes_per_parameter: of the checkpoint, see `stored_bytes`; None takes those in memory.
         batch_tokens: padded tokens in a batch at most, but at least one row.
@@ -126,7 +135,14 @@ def profile_model(
     device = model.device
     size = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
     lengths = [len(example.input_ids) for example in examples]
-    sums = RoutingSums(found.layers)
+    # Every other row goes to the second half of the sample.
+    halves = [
+        [row % HALVES if counted else NOT_COUNTED for counted in mask]
+        for row, mask in enumerate(masks)
+    ]
+    by_token = TokenRouting([example.input_ids for example in examples], halves)
+    pairs = Cooccurrence() if cooccurrence else None
+    sums = RoutingSums(found.layers, [by_token, *([pairs] if pairs else [])])
     with (
         _evaluating(model),
         sums.hooked(),
@@ -134,9 +150,9 @@ def profile_model(
     ):
         for rows in batches(lengths, size):
             ids, attention = padded([examples[row].input_ids for row in rows])
-            # Every other row goes to the second half of the sample.
-            half = [[row % HALVES if c else NOT_COUNTED for c in masks[row]] for row in rows]
-            sums.half_T = padded(half, NOT_COUNTED)[0].flatten().to(device)
+            half_T = padded([halves[row] for row in rows], NOT_COUNTED)[0].flatten()
+            sums.half_T = half_T.to(device)
+            by_token.batch(ids, half_T)
             # The base model: no logits, which cost more than the experts do in a small model.
             model.base_model(
                 input_ids=ids.to(device),
@@ -144,11 +160,20 @@ def profile_model(
                 use_cache=False,
             )
             task.advance(len(rows), tokens=int(attention.sum()))
-    halves = [sum(sum(mask) for mask in masks[half::HALVES]) for half in range(HALVES)]
+    tokens = [sum(sum(mask) for mask in masks[half::HALVES]) for half in range(HALVES)]
     whole = sums.scores(range(HALVES), total)
-    parts = [sums.scores([half], tokens) for half, tokens in enumerate(halves) if tokens]
+    parts = [sums.scores([half], tokens[half]) for half in range(HALVES)] if all(tokens) else []
+    layers = {
+        layer.index: replace(
+            whole[layer.index],
+            halves=tuple(_half(part[layer.index]) for part in parts),
+            routing=routing(whole[layer.index].counts(), by_token.fixed(layer)),
+            cooccurrence=pairs.counts(layer) if pairs else None,
+        )
+        for layer in found.layers
+    }
     return Scores(
-        layers=whole,
+        layers=layers,
         model={
             "name": name or model.config._name_or_path or found.architecture,
             "model_type": found.model_type,
@@ -163,7 +188,7 @@ def profile_model(
             "tokens": total,
             "sequences": len(examples),
         },
-        stability=stability(whole, parts) if len(parts) == HALVES else {},
+        stability=stability(whole, parts) if parts else {},
     )
 
 
@@ -237,6 +262,11 @@ def _counted(example: Example, count: str) -> list[bool]:
     if count == "all":
         return [True] * len(example.input_ids)
     return [answer == (count == "completion") for answer in example.completion]
+
+
+def _half(layer: LayerScores) -> HalfScores:
+    assert layer.tokens is not None  # it was counted here
+    return HalfScores(layer.tokens, layer.token, layer.gate)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from esft.errors import SelectionError, nearest
-from esft.scores import METRICS
+from esft.layer_scores import METRICS
 
 DEFAULT_P = 0.2
 MASSES = ("share", "raw")

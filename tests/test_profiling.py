@@ -298,6 +298,11 @@ def test_stability_compares_each_half_with_the_whole() -> None:
             kept.append(stays / sum(map(len, whole.values())))
         assert found.stability[metric] == pytest.approx(sum(kept) / 2)
         assert 0.2 < found.stability[metric] <= 1
+        for index, layer in found.layers.items():
+            assert [half.tokens for half in layer.halves] == [150, 150]
+            for half, part in zip(layer.halves, parts, strict=True):
+                alone = part.layers[index].metric(metric)
+                assert half.metric(metric) == pytest.approx(alone, abs=1e-7)
     assert found.stability["p"] == 0.2
 
 
@@ -311,7 +316,9 @@ def test_stability_by_hand() -> None:
 
 
 def test_one_row_says_nothing_of_stability() -> None:
-    assert profile_model(tiny("mixtral"), rows((20,))).stability == {}
+    found = profile_model(tiny("mixtral"), rows((20,)))
+    assert found.stability == {}
+    assert all(layer.halves == () for layer in found.layers.values())
 
 
 def test_a_sample_without_a_counted_token_is_refused() -> None:

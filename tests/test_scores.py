@@ -46,6 +46,41 @@ def test_a_file_survives_reading_and_writing(tmp_path: Path) -> None:
     assert Scores.read(tmp_path / "scores.json") == scores
 
 
+FULL: dict[str, Any] = copy.deepcopy(FILE)
+FULL["layers"]["1"] |= {
+    "halves": [
+        {"tokens": 2, "token": [0.5, 0.5, 0.0], "gate": [0.4, 0.2, 0.0]},
+        {"tokens": 2, "token": [0.5, 0.0, 0.5], "gate": [0.4, 0.0, 0.6]},
+    ],
+    "routing": {
+        "entropy": 0.9,
+        "imbalance": 1.5,
+        "dropped": {"1": 0.1, "2": 0.0},
+        "fixed_by_token": {"share": 0.8, "without_id": 0.7, "token_ids": 3, "tokens": 4},
+    },
+    "cooccurrence": [[4, 2, 2], [2, 2, 0], [2, 0, 2]],
+}
+
+
+def test_what_profiling_adds_survives_reading_and_writing(tmp_path: Path) -> None:
+    scores = Scores.from_dict(FULL)
+    layer = scores.layers[1]
+    assert [half.metric("gate")[2] for half in layer.halves] == [0.0, 0.6]
+    assert layer.routing is not None
+    assert layer.routing.fixed_by_token is not None
+    assert (layer.routing.dropped["1"], layer.routing.fixed_by_token.share) == (0.1, 0.8)
+    assert layer.counts() == [4, 2, 2]
+    scores.write(tmp_path / "scores.json")
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["layers"] == FULL["layers"]
+    assert Scores.read(tmp_path / "scores.json") == scores
+
+
+def test_counts_need_the_number_of_tokens() -> None:
+    with pytest.raises(SelectionError, match="do not say"):
+        LayerScores(2, None, None, [0.5, 0.5], [0.5, 0.5]).counts()
+
+
 @needs_official
 def test_official_scores_are_read() -> None:
     scores = Scores.read(OFFICIAL / "intent.scores.json")
@@ -194,6 +229,24 @@ def broken(**changes: Any) -> dict[str, Any]:
         (broken(top_k=4), ["layer 1", "top_k"]),
         (broken(tokens=1.5), ["layer 1", "tokens"]),
         (broken(tokem=[1]), ["layer 1", 'did you mean "token"']),
+        (broken(halves={}), ["layer 1", "halves", "two"]),
+        (broken(halves=[FULL["layers"]["1"]["halves"][0]]), ["layer 1", "halves", "two"]),
+        (broken(halves=[{}, {}]), ["layer 1", "halves: 0", "tokens"]),
+        (
+            broken(halves=[{"tokens": 1, "token": [1], "gate": [1, 1, 1]}] * 2),
+            ["layer 1", "halves: 0: token", "1 scores for 3 experts"],
+        ),
+        (broken(routing={"entropi": 1}), ["layer 1", "routing", 'did you mean "entropy"']),
+        (broken(routing={"dropped": {"3": 1}}), ["layer 1", "dropped", '"3"']),
+        (broken(routing={"entropy": "high", "imbalance": 1, "dropped": {}}), ["entropy"]),
+        (
+            broken(routing=FULL["layers"]["1"]["routing"] | {"fixed_by_token": {"share": -1}}),
+            ["layer 1", "fixed_by_token: share"],
+        ),
+        (broken(cooccurrence=[[1]]), ["layer 1", "cooccurrence", "3 rows"]),
+        (broken(cooccurrence=[[1, 1, 1], [1, 1], [1, 1, 1]]), ["cooccurrence", "row 1"]),
+        (broken(cooccurrence=[[1, 1, 1], [1, 1, 0.5], [1, 0.5, 1]]), ["cooccurrence", "row 1"]),
+        (broken(cooccurrence=[[1, 2, 3], [2, 1, 5], [3, 4, 1]]), ["experts 1 and 2: 5 one way"]),
         ({"token_scores": {"1": {"0": 1}}}, ["gate_scores"]),
         ({"token_scores": {"1": {"0": 1}}, "gate_scores": {"2": {"0": 1}}}, ["layer 1"]),
         ({"token_scores": {"1": {"1": 1}}, "gate_scores": {}}, ["token_scores", "layer 1"]),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from esft_cli import output
+
+if TYPE_CHECKING:
+    from esft.scores import Scores
 
 
 def profile(
@@ -33,6 +38,14 @@ def profile(
             metavar="all|prompt|completion", help="Which tokens count; the model reads all."
         ),
     ] = "all",
+    cooccurrence: Annotated[
+        bool,
+        typer.Option(
+            "--cooccurrence",
+            help="Also count how often two experts serve the same token, for esft select --group; "
+            "takes time.",
+        ),
+    ] = False,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
     json: output.Json = False,
@@ -52,6 +65,7 @@ def profile(
         seq_len=seq_len,
         seed=seed,
         count=count,
+        cooccurrence=cooccurrence,
         device=device,
         dtype=dtype,
         reporter=output.reporter(),
@@ -59,7 +73,12 @@ def profile(
     scores.write(out)
     if json:
         facts = {"model": scores.model, "sample": scores.sample, "stability": scores.stability}
-        output.print_json({"out": str(out), **facts})
+        routing = {
+            index: asdict(layer.routing)
+            for index, layer in scores.layers.items()
+            if layer.routing is not None
+        }
+        output.print_json({"out": str(out), **facts, "routing": routing})
         return
     table = output.table("scores", "", "")
     table.add_row("tokens counted", f"{output.count(scores.sample['tokens'])} ({count})")
@@ -71,6 +90,30 @@ def profile(
             f"{output.share(scores.stability.get(metric))} of the experts selected at p 0.2 stay "
             f"selected on half the sample",
         )
+    for name, text in _routing_rows(scores):
+        table.add_row(name, text)
     table.add_row("written to", str(out))
     table.add_row("next", f"esft select {out} --out selection.json")
     output.console().print(table)
+
+
+def _routing_rows(scores: Scores) -> Iterator[tuple[str, str]]:
+    """Yield what the layers' routing is like: the lowest and the highest layer."""
+    found = [layer.routing for layer in scores.layers.values() if layer.routing is not None]
+    low, high = (pick(facts.entropy for facts in found) for pick in (min, max))
+    yield "routing entropy", f"{low:.3f} to {high:.3f} of the layers' highest possible"
+    low, high = (pick(facts.imbalance for facts in found) for pick in (min, max))
+    yield "busiest expert", f"{low:.1f} to {high:.1f} times the mean load of its layer"
+    for factor in ("1.25", "2"):
+        low, high = (pick(facts.dropped[factor] for facts in found) for pick in (min, max))
+        text = f"{output.share(low)} to {output.share(high)} of the choices would be dropped"
+        yield f"capacity factor {factor}", text
+    fixed = [facts.fixed_by_token for facts in found if facts.fixed_by_token is not None]
+    if fixed:
+        low, high = (pick(facts.share for facts in fixed) for pick in (min, max))
+        chance = max(facts.without_id for facts in fixed)
+        yield (
+            "fixed by the token's id",
+            f"{output.share(low)} to {output.share(high)} of the choices; without the id "
+            f"{output.share(chance)} at most",
+        )

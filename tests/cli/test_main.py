@@ -24,7 +24,8 @@ from tests.command import ROOT, esft, esft_json, esft_process, python_process
 OPTIONS = {
     "demo": "--out --task --steps --json",
     "inspect": "model --json",
-    "profile": "model --data --out --tokens --seq-len --seed --count --device --dtype --json",
+    "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --device "
+    "--dtype --json",
     "select": "scores --out --metric --p --mass --round --preset --top-n --budget --layers "
     "--random --json",
     "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "

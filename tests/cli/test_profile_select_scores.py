@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_profile_writes_scores(checkpoint: Path, data: Path, tmp_path: Path) -> 
         "model": written.model,
         "sample": written.sample,
         "stability": written.stability,
+        "routing": {str(index): asdict(layer.routing) for index, layer in written.layers.items()},
     }
     assert sorted(written.layers) == [1, 2]
     again = library.profile(checkpoint, data, tokens=300, seq_len=16, seed=3, count="prompt")
@@ -92,7 +94,8 @@ def test_profile_prints_a_table(checkpoint: Path, data: Path, tmp_path: Path) ->
     result = esft_process("profile", checkpoint, "--data", data, "--out", tmp_path / "s.json")
     assert result.returncode == 0, result.stderr
     assert "tokens counted" in result.stdout
-    assert "stability, token" in result.stdout
+    for words in ("stability, token", "routing entropy", "capacity factor 1.25", "token's id"):
+        assert words in result.stdout
     assert "tokens/s" in result.stderr
 
 
