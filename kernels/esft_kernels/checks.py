@@ -8,16 +8,26 @@ from torch import Tensor
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import ExpertBank, Projection
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_FLOAT = "bfloat16, float16, float32 or float64"
+
 
 def check(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) -> None:
-    """Refuse what no path computes. Reads no value, so that a GPU is not waited for.
+    """Refuse what no path computes. Reads no value on a GPU, so that it is not waited for.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
-    hidden, experts = bank.up.in_features, bank.num_experts
+    slot, projections = bank.slot, (("bank.up", bank.up), ("bank.down", bank.down))
+    whole = slot.dim() == 1 and slot.dtype == torch.int64
+    _expect(whole and slot.shape[0] > 0, "bank.slot", "[E] int64, with E above 0", slot)
+    for name, projection in projections:
+        for key, tensor in _tensors(projection).items():
+            dims, letters = (2, "[.., out]") if "bias" in key else (3, "[.., out, in]")
+            _expect(tensor.dim() == dims, f"{name}.{key}", letters, tensor)
+    hidden = bank.up.in_features
     _expect(x.dim() == 2 and x.shape[1] == hidden, "x", f"[T, {hidden}]", x)
-    _expect(x.is_floating_point(), "x", "a float dtype", x)
+    _expect(x.dtype in _FLOATS, "x", _FLOAT, x)
     tokens = x.shape[0]
     _expect(
         topk_index.dim() == 2 and topk_index.shape[0] == tokens and topk_index.shape[1] > 0,
@@ -29,16 +39,13 @@ def check(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) 
     _expect(integer, "topk_index", "int64 or int32", topk_index)
     same = topk_weight.shape == topk_index.shape
     _expect(same, "topk_weight", f"{list(topk_index.shape)}, as topk_index", topk_weight)
-    _expect(topk_weight.is_floating_point(), "topk_weight", "a float dtype", topk_weight)
-    slot = bank.slot
-    _expect(slot.dim() == 1 and slot.dtype == torch.int64, "bank.slot", "[E] int64", slot)
-    for name, projection in (("bank.up", bank.up), ("bank.down", bank.down)):
+    _expect(topk_weight.dtype in _FLOATS, "topk_weight", _FLOAT, topk_weight)
+    for name, projection in projections:
         _check_projection(name, projection, bank)
     down = bank.down
     _expect(
         down.out_features == hidden, "bank.down.frozen", f"an output of width {hidden}", down.frozen
     )
-    _expect(experts > 0, "bank.slot", "at least one expert", slot)
     if isinstance(bank.activation, SwiGLU):
         _expect(
             bank.up.out_features == 2 * down.in_features,
@@ -47,10 +54,14 @@ def check(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) 
             bank.up.frozen,
         )
     everything = {"topk_index": topk_index, "topk_weight": topk_weight, "bank.slot": slot}
-    for name, projection in (("bank.up", bank.up), ("bank.down", bank.down)):
+    for name, projection in projections:
         everything |= {f"{name}.{key}": value for key, value in _tensors(projection).items()}
     for name, tensor in everything.items():
         _expect(tensor.device == x.device, name, f"device {x.device}, as x", tensor)
+    if slot.device.type == "cpu" and slot.sort().values.tolist() != list(range(slot.shape[0])):
+        raise ValueError(
+            f"bank.slot: expected each of 0 to {slot.shape[0] - 1} once, got {slot.tolist()}"
+        )
 
 
 def check_ids(topk_index: Tensor, num_experts: int) -> None:
@@ -63,14 +74,20 @@ def check_ids(topk_index: Tensor, num_experts: int) -> None:
         raise bad_ids(topk_index, num_experts)
 
 
-def check_inner(a: Tensor, bank: ExpertBank) -> None:
+def check_inner(a: Tensor, z: Tensor, bank: ExpertBank) -> None:
     """Refuse an activation whose result does not fit the down projection.
 
+    Args:
+        a: what the activation returned.
+        z: what it was given.
+        bank: whose activation it is.
+
     Raises:
-        ValueError: its width is not bank.down's input.
+        ValueError: a's width is not bank.down's input, or its dtype is not z's.
     """
-    expected = [a.shape[0], bank.down.in_features]
-    _expect(list(a.shape) == expected, "bank.activation", f"a result of shape {expected}", a)
+    expected = [z.shape[0], bank.down.in_features]
+    fits = list(a.shape) == expected and a.dtype == z.dtype
+    _expect(fits, "bank.activation", f"a result of shape {expected} in {z.dtype}", a)
 
 
 def bad_ids(topk_index: Tensor, num_experts: int) -> ValueError:
@@ -97,7 +114,7 @@ def _check_projection(name: str, projection: Projection, bank: ExpertBank) -> No
     for key, tensor in tensors.items():
         label = f"{name}.{key}"
         _expect(list(tensor.shape) == expected[key], label, f"{expected[key]}", tensor)
-        _expect(tensor.is_floating_point(), label, "a float dtype", tensor)
+        _expect(tensor.dtype in _FLOATS, label, _FLOAT, tensor)
     _expect(
         projection.frozen.dtype == bank.dtype,
         f"{name}.frozen",

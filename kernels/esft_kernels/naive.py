@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from esft_kernels.bank import ExpertBank, Projection
+from esft_kernels.checks import check_inner
 
 
 def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) -> Tensor:
@@ -16,7 +17,9 @@ def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank
     for expert in range(bank.num_experts):
         token, k = (topk_index == expert).nonzero(as_tuple=True)
         z = _linear(x[token], bank.up, int(bank.slot[expert]))
-        y = _linear(bank.activation(z), bank.down, int(bank.slot[expert]))
+        a = bank.activation(z)
+        check_inner(a, z, bank)
+        y = _linear(a, bank.down, int(bank.slot[expert]))
         out = out.index_add(0, token, (y * topk_weight[token, k, None]).to(out.dtype))
     return out
 

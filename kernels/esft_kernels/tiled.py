@@ -74,7 +74,7 @@ class _MoeMlp(torch.autograd.Function):
         else:
             z = grouped_gemm(x, ups, rows, gather=True, config=config.kernels["grouped_gemm"])
             a = bank.activation(z).contiguous()
-            check_inner(a, bank)
+            check_inner(a, z, bank)
         y = grouped_gemm(a, downs, rows, gather=False, config=config.kernels["grouped_gemm"])
         ctx.bank, ctx.rows, ctx.config = bank, rows, config
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, topk_weight, z)
