@@ -74,7 +74,7 @@ def check_ids(topk_index: Tensor, num_experts: int) -> None:
         raise bad_ids(topk_index, num_experts)
 
 
-def check_inner(a: Tensor, z: Tensor, bank: ExpertBank) -> None:
+def check_inner(a: Tensor, z: Tensor, bank: ExpertBank) -> Tensor:
     """Refuse an activation whose result does not fit the down projection.
 
     Args:
@@ -82,12 +82,16 @@ def check_inner(a: Tensor, z: Tensor, bank: ExpertBank) -> None:
         z: what it was given.
         bank: whose activation it is.
 
+    Returns:
+        a.
+
     Raises:
         ValueError: a's width is not bank.down's input, or its dtype is not z's.
     """
     expected = [z.shape[0], bank.down.in_features]
     fits = list(a.shape) == expected and a.dtype == z.dtype
     _expect(fits, "bank.activation", f"a result of shape {expected} in {z.dtype}", a)
+    return a
 
 
 def bad_ids(topk_index: Tensor, num_experts: int) -> ValueError:

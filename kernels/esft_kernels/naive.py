@@ -17,8 +17,7 @@ def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank
     for expert in range(bank.num_experts):
         token, k = (topk_index == expert).nonzero(as_tuple=True)
         z = _linear(x[token], bank.up, int(bank.slot[expert]))
-        a = bank.activation(z)
-        check_inner(a, z, bank)
+        a = check_inner(bank.activation(z), z, bank)
         y = _linear(a, bank.down, int(bank.slot[expert]))
         out = out.index_add(0, token, (y * topk_weight[token, k, None]).to(out.dtype))
     return out

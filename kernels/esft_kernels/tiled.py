@@ -73,8 +73,7 @@ class _MoeMlp(torch.autograd.Function):
             z, a = up_swiglu_fwd(x, ups, rows, swiglu, config.kernels["up_swiglu_fwd"])
         else:
             z = grouped_gemm(x, ups, rows, gather=True, config=config.kernels["grouped_gemm"])
-            a = bank.activation(z).contiguous()
-            check_inner(a, z, bank)
+            a = check_inner(bank.activation(z), z, bank).contiguous()
         y = grouped_gemm(a, downs, rows, gather=False, config=config.kernels["grouped_gemm"])
         ctx.bank, ctx.rows, ctx.config = bank, rows, config
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, topk_weight, z)
