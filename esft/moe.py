@@ -1,14 +1,13 @@
 """A model's MoE anatomy: which layers have routed experts, how many, and who routes to them.
 
-Found by capability, not by a list of model types: an experts module is one whose class went
-through transformers' experts interface (`use_experts_implementation`), which gives it the layout
-flags `is_transposed`, `is_concatenated`, `has_gate`, `has_bias` and one stacked parameter per
-projection, `[E, ...]`.
+Found by capability where transformers has an interface for it, see `esft.layouts`.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import getsource
 from pathlib import Path
@@ -17,16 +16,13 @@ from typing import Any
 from torch import nn
 
 from esft.errors import ModelError
+from esft.layouts import Layout, find_layout
 from esft.loading import load_skeleton
 
 # Why families of transformers that have routed experts are refused. A family is also refused,
-# with a general reason, when its config counts experts but no module follows the interface.
+# with a general reason, when its config counts experts but no module is known to hold them.
 _REFUSED = {
-    "dbrx": "its experts are stacked in 2-D weights, outside transformers' experts interface",
-    "doge": "its experts are embedding rows, not feed-forward networks",
-    "jetmoe": "its experts do not go through transformers' experts interface",
-    "llama4_text": "it applies the gate to an expert's input, outside the experts interface",
-    "longcat_flash": "its experts do not go through transformers' experts interface",
+    "doge": "its experts are embedding rows, looked up by product keys, not feed-forward networks",
 }
 _EXPERT_COUNTS = (
     "num_experts",
@@ -36,34 +32,53 @@ _EXPERT_COUNTS = (
     "num_routed_experts",
 )
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
-_GATE_SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 _SHARED = re.compile(r"(^|\.)shared_(experts?|mlp)$")
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One decoder layer with routed experts.
+    """One layer with routed experts.
 
     Attributes:
-        index: the model's own layer index, as in `layers.<index>`.
-        name: path of the experts module in the model, `model.layers.1.mlp.experts`.
-        experts: the experts module; called as `experts(x_TH, top_k_index_TK, top_k_weight_TK)`.
-        router: the module beside it that chooses the experts, or None if there is none.
-        num_experts: E.
+        index: the model's own layer index, as in `layers.<index>`; in a model with more than one
+            list of layers, see `_numbers`.
+        layout: where the experts' weights are, how they are called and seen.
         top_k: K.
-        gate_scale: constant factor that the router multiplies into the weights (DeepSeek's
-            `routed_scaling_factor`); gate values are the weights divided by it.
         shared: paths of the layer's shared experts.
     """
 
     index: int
-    name: str
-    experts: nn.Module
-    router: nn.Module | None
-    num_experts: int
+    layout: Layout
     top_k: int
-    gate_scale: float
     shared: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Path of the experts in the model, `model.layers.1.mlp.experts`."""
+        return self.layout.name
+
+    @property
+    def experts(self) -> nn.Module:
+        """The module at that path."""
+        return self.layout.experts
+
+    @property
+    def router(self) -> nn.Module | None:
+        """The module that chooses the experts, or None if there is none beside them."""
+        return self.layout.router
+
+    @property
+    def num_experts(self) -> int:
+        """How many routed experts there are: E."""
+        return self.layout.num_experts
+
+    @property
+    def gate_scale(self) -> float:
+        """A constant that the router multiplies into the weights (`routed_scaling_factor`).
+
+        Gate values are the weights divided by it.
+        """
+        return self.layout.gate_scale
 
     @property
     def scoring(self) -> str:
@@ -128,11 +143,6 @@ def inspect(model: str | Path | nn.Module) -> Anatomy:
     return anatomy(model if isinstance(model, nn.Module) else load_skeleton(model))
 
 
-def is_experts_module(module: nn.Module) -> bool:
-    """Whether a module holds a layer's routed experts and follows the experts interface."""
-    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
-
-
 def moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
     """Find a model's MoE layers, by ascending layer index.
 
@@ -141,30 +151,20 @@ def moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
     """
     modules = dict(model.named_modules())
     config = text_config(model)
-    layers = []
-    for name, module in modules.items():
-        if not is_experts_module(module):
-            continue
-        block_name = name.rpartition(".")[0]
-        router = _router(modules[block_name])
-        layers.append(
-            MoeLayer(
-                index=_layer_index(name),
-                name=name,
-                experts=module,
-                router=router,
-                num_experts=_num_experts(module),
-                top_k=_top_k(router, config),
-                gate_scale=_gate_scale(router),
-                shared=_shared_names(modules, name),
-            )
-        )
-    if not layers:
+    layouts = [layout for name in modules if (layout := find_layout(name, modules)) is not None]
+    if not layouts:
         raise ModelError(_why_refused(config))
+    numbers = _numbers([layout.name for layout in layouts], modules)
+    layers = [
+        MoeLayer(
+            index=numbers[layout.name],
+            layout=layout,
+            top_k=_top_k(layout, config),
+            shared=_shared_names(modules, layout),
+        )
+        for layout in layouts
+    ]
     layers.sort(key=lambda layer: layer.index)
-    indices = [layer.index for layer in layers]
-    if len(set(indices)) != len(indices):
-        raise ModelError(f"{config.model_type}: a layer has more than one experts module")
     return tuple(layers)
 
 
@@ -176,16 +176,16 @@ def anatomy(model: nn.Module) -> Anatomy:
     """
     layers = moe_layers(model)
     modules = dict(model.named_modules())
-    routed = sum(_size(layer.experts) for layer in layers)
+    sizes = [layer.num_experts * _expert_size(layer) for layer in layers]
     shared = sum(_size(modules[name]) for layer in layers for name in layer.shared)
     return Anatomy(
         model_type=text_config(model).model_type,
         architecture=type(model).__name__,
         layers=layers,
         total=_size(model),
-        routed=routed,
+        routed=sum(sizes),
         shared=shared,
-        per_expert=_size(layers[0].experts) // layers[0].num_experts,
+        per_expert=_expert_size(layers[0]),
     )
 
 
@@ -204,51 +204,50 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _layer_index(name: str) -> int:
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    if not numbers:
-        raise ModelError(f"{name}: cannot tell which layer this experts module belongs to")
-    return int(numbers[0])
+def _expert_size(layer: MoeLayer) -> int:
+    return sum(shape[1:].numel() for shape in layer.layout.shapes().values())
 
 
-def _num_experts(experts: nn.Module) -> int:
-    stacked = [p.shape[0] for p in experts.parameters(recurse=False) if p.dim() == 3]
-    return stacked[0] if stacked else int(experts.num_experts)  # type: ignore[arg-type]
+def _numbers(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Number the experts of a model by the first number in their path: the layer's own.
+
+    Where a second list of layers has experts too (the decoder after the encoder), or a layer has
+    two kinds of experts, the numbers of the second go on after the last layer of the first.
+
+    Raises:
+        ModelError: a path has no number.
+    """
+    places = {}
+    for name in names:
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if place is None:
+            raise ModelError(f"{name}: cannot tell which layer these experts belong to")
+        places[name] = ".".join(parts[:place]), int(parts[place]), ".".join(parts[place + 1 :])
+    twice = {layers for (layers, _), n in Counter(p[:2] for p in places.values()).items() if n > 1}
+    numbers: dict[str, int] = {}
+    first: dict[tuple[str, str], int] = {}
+    following = 0
+    for name, (layers, number, kind) in places.items():
+        key = layers, kind if layers in twice else ""
+        if key not in first:
+            first[key] = following
+            following += len(modules[layers])  # type: ignore[arg-type]
+        numbers[name] = first[key] + number
+    return numbers
 
 
-def _router(block: nn.Module) -> nn.Module | None:
-    # transformers calls it `gate` or `router`; both name a linear layer in some dense blocks,
-    # but those have no experts module beside them.
-    for name in ("gate", "router"):
-        child = getattr(block, name, None)
-        if isinstance(child, nn.Module):
-            return child
-    return None
+def _top_k(layout: Layout, config: Any) -> int:
+    owners = [(layout.router, "top_k"), (layout.block, "top_k")]
+    for owner, name in owners + [(config, name) for name in _TOP_K]:
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    raise ModelError(f"{config.model_type}: cannot tell how many experts a token uses")
 
 
-def _top_k(router: nn.Module | None, config: Any) -> int:
-    value = getattr(router, "top_k", None)
-    names = iter(_TOP_K)
-    while not isinstance(value, int):
-        name = next(names, None)
-        if name is None:
-            raise ModelError(f"{config.model_type}: cannot tell how many experts a token uses")
-        value = getattr(config, name, None)
-    return value
-
-
-def _gate_scale(router: nn.Module | None) -> float:
-    # On the router it is multiplied into the weights that the experts receive; a factor that
-    # lives on the block is applied to the experts' output, where the weights do not show it.
-    for name in _GATE_SCALES:
-        value = getattr(router, name, None)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    return 1.0
-
-
-def _shared_names(modules: dict[str, nn.Module], experts_name: str) -> tuple[str, ...]:
-    block = experts_name.rpartition(".")[0]
+def _shared_names(modules: dict[str, nn.Module], layout: Layout) -> tuple[str, ...]:
+    block = layout.name if layout.block is layout.experts else layout.name.rpartition(".")[0]
     layer = block.rpartition(".")[0]
     return tuple(
         name
@@ -270,12 +269,12 @@ def _scoring(router: type[nn.Module]) -> str:
 def _why_refused(config: Any) -> str:
     kind = config.model_type
     if kind in _REFUSED:
-        return f"{kind}: esft cannot train this family yet: {_REFUSED[kind]}"
+        return f"{kind}: esft cannot train this family: {_REFUSED[kind]}"
     counts = [getattr(config, name, None) for name in _EXPERT_COUNTS]
     if any(isinstance(count, int) and count > 1 for count in counts):
         return (
             f"{kind}: esft cannot train this family: its config counts experts, but none of its "
-            f"modules follows transformers' experts interface"
+            f"modules follows transformers' experts interface, or another layout that esft knows"
         )
     return (
         f"{kind}: this model is dense; esft specialises models with routed experts "

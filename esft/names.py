@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from esft.errors import ModelError
-from esft.moe import moe_layers
+from esft.moe import MoeLayer, moe_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,18 +29,33 @@ class Part:
 
     Attributes:
         names: name of the tensor for each expert, by id; one name for all where they are fused.
-        fused: whether the tensor holds all experts, `[E, ...]`, instead of one.
+        fused: whether the tensor holds all experts, instead of one.
         numbers: positions in the expert's flattened slice; its shape is that of the tensor on
-            disk (without the leading E where fused).
+            disk, or of one expert's share of it where fused.
+        each: rows of an expert where the tensor is `[E * each, ...]` instead of `[E, ...]`.
     """
 
     names: tuple[str, ...]
     fused: bool
     numbers: Tensor
+    each: int | None = None
 
     def name(self, expert: int) -> str:
         """Return the name of the tensor that holds this expert."""
         return self.names[0] if self.fused else self.names[expert]
+
+    def rows(self, experts: Sequence[int]) -> tuple[int, ...]:
+        """Return the rows of a fused tensor that hold these experts, in their order."""
+        each = self.each or 1
+        return tuple(row for expert in experts for row in range(expert * each, (expert + 1) * each))
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Put together what `read` returned for some experts: their `rows` of a fused tensor."""
+        return torch.stack(list(pieces)) if self.each is None else torch.cat(list(pieces))
+
+    def cut(self, tensor: Tensor, row: int) -> Tensor:
+        """Return the share of the expert whose first row is `row` of a fused tensor."""
+        return tensor[row] if self.each is None else tensor[row : row + self.each]
 
     def read(self, expert_slice: Tensor) -> Tensor:
         """Cut this part out of an expert's slice `[...]` of the stack."""
@@ -52,18 +67,44 @@ class Part:
         expert_slice.view(-1)[places] = value.reshape(-1).to(expert_slice)
 
 
-def parts(model: PreTrainedModel, stack: str, shape: torch.Size) -> list[Part]:
+def layer_parts(model: PreTrainedModel, layer: MoeLayer) -> dict[str, list[Part]]:
+    """Return how a layer's experts are laid out in the checkpoint that the model came from.
+
+    Returns:
+        name of a weight, as in `layer.layout.shapes()` -> the tensors on disk that hold it.
+
+    Raises:
+        ModelError: the checkpoint stores experts in a way that cannot be addressed by expert.
+    """
+    found = {}
+    for weight, shape in layer.layout.shapes().items():
+        names = layer.layout.tensor_names(weight)
+        each = layer.layout.disk_rows()
+        if len(names) == 1:
+            found[weight] = parts(model, names[0], shape, each)
+        else:
+            found[weight] = [_part_of_modules(model, names, shape[1:])]
+    return found
+
+
+def parts(
+    model: PreTrainedModel, stack: str, shape: torch.Size, each: int | None = None
+) -> list[Part]:
     """Return how a stack of experts is laid out in the checkpoint that the model came from.
 
     Args:
         model: the model; the conversion used at loading is followed, else its family's default.
         stack: the stack's name in the model, `model.layers.1.mlp.experts.gate_up_proj`.
         shape: the stack's shape `[E, ...]`.
+        each: rows of an expert where the model itself has the stack as `[E * each, ...]`.
 
     Raises:
         ModelError: the checkpoint stores experts in a way that cannot be addressed by expert.
     """
     num_experts = shape[0]
+    if each is not None:
+        (name,) = _on_disk(model, stack, torch.zeros(1, 1))
+        return [Part((name,), True, torch.arange(shape[1:].numel()).view(shape[1:]), each)]
     owner = torch.arange(num_experts).view(-1, *[1] * (len(shape) - 1))
     # Two rows and columns are enough to be cut in halves; only names and owners are read.
     owners = _on_disk(model, stack, owner.expand(num_experts, *[2] * (len(shape) - 1)))
@@ -89,6 +130,17 @@ def parts(model: PreTrainedModel, stack: str, shape: torch.Size) -> list[Part]:
         else:
             raise ModelError(f"{name}: cannot tell how the experts of {stack} are stored")
     return found
+
+
+def _part_of_modules(model: PreTrainedModel, names: Sequence[str], shape: torch.Size) -> Part:
+    """Lay out a weight of which each expert has a tensor of its own in the model."""
+    on_disk = []
+    for name in names:
+        found = list(_on_disk(model, name, torch.zeros(1, 1)))
+        if len(found) != 1:
+            raise ModelError(f"{name}: cannot tell how it is stored")
+        on_disk += found
+    return Part(tuple(on_disk), False, torch.arange(shape.numel()).view(shape))
 
 
 def disk_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -118,24 +170,16 @@ def write_into(
         ModelError: the model has no place for a tensor.
     """
     left = set(tensors)
-    stacks: dict[str, Tensor] = {}
+    own: set[str] = set()
     for layer in moe_layers(model):
-        for name, parameter in layer.experts.named_parameters(recurse=False):
-            stacks[f"{layer.name}.{name}"] = parameter.detach()
-    for stack_name, stack in stacks.items():
-        for part in parts(model, stack_name, stack.shape):
-            for expert in range(stack.shape[0]):
-                name = part.name(expert)
-                if name not in tensors:
-                    continue
-                left.discard(name)
-                if not part.fused:
-                    part.write(stack[expert], tensors[name])
-                elif expert in (order := list(rows.get(name, range(stack.shape[0])))):
-                    part.write(stack[expert], tensors[name][order.index(expert)])
+        stacks = layer.layout.weights()
+        for weight, found in layer_parts(model, layer).items():
+            own |= set(layer.layout.tensor_names(weight))
+            for part in found:
+                left -= _write_part(part, stacks[weight], tensors, rows)
     if left:
         for key, tensor in model.state_dict().items():
-            if key in stacks:
+            if key in own:
                 continue
             # A renaming hands the tensor itself through, so writing to it writes to the model.
             for name, place in _on_disk(model, key, tensor).items():
@@ -144,3 +188,27 @@ def write_into(
                     left.discard(name)
     if left:
         raise ModelError(f"tensor {min(left)} has no place in {type(model).__name__}")
+
+
+def _write_part(
+    part: Part,
+    experts: Sequence[Tensor],
+    tensors: Mapping[str, Tensor],
+    rows: Mapping[str, Sequence[int]],
+) -> set[str]:
+    """Write what tensors hold of a part into the experts' slices; return their names."""
+    if not part.fused:
+        found = dict(zip(part.names, experts, strict=True))
+        for name in found.keys() & tensors.keys():
+            part.write(found[name], tensors[name])
+        return found.keys() & tensors.keys()
+    name = part.names[0]
+    if name not in tensors:
+        return set()
+    order = rows.get(name, part.rows(range(len(experts))))
+    place = {row: number for number, row in enumerate(order)}
+    for expert, slice_ in enumerate(experts):
+        first = part.rows([expert])[0]
+        if first in place:
+            part.write(slice_, part.cut(tensors[name], place[first]))
+    return {name}

@@ -1,6 +1,6 @@
 """Sums of what a model's routers decide, taken while it runs.
 
-A forward pre-hook on each experts module sees the chosen experts and their weights, whatever the
+A hook on each layer, placed by its layout, sees the chosen experts and their weights, whatever the
 router looks like. It adds to sums on the device and nothing else: no record of tokens, no wait for
 the device.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -56,12 +57,7 @@ class RoutingSums:
         Raises:
             ModelError: a router does not choose K experts for each token.
         """
-        handles = [
-            layer.experts.register_forward_pre_hook(
-                lambda _module, args, layer=layer: self._add(layer, *args[1:3])
-            )
-            for layer in self._layers
-        ]
+        handles = [layer.layout.observe(partial(self._add, layer)) for layer in self._layers]
         try:
             yield
         finally:

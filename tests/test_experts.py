@@ -9,7 +9,8 @@ import torch
 from esft_kernels import SwiGLU
 
 from esft.errors import ModelError, SelectionError
-from esft.experts import _attached_bank, attach, attached_layers, detach
+from esft.experts import attach, attached_layers, detach
+from esft.layouts.interface import attached_bank
 from esft.moe import moe_layers, trainable_parameters
 from esft.selection import Selection
 from tests.models import FAMILIES, HIDDEN, INNER, tiny
@@ -84,7 +85,7 @@ def test_swiglu_is_fused_where_a_family_computes_it_and_nowhere_else():
     for family, fused in expected.items():
         model = attach(tiny(family), selection())
         experts = moe_layers(model)[0].experts
-        assert isinstance(_attached_bank(experts).activation, SwiGLU) == fused
+        assert isinstance(attached_bank(experts).activation, SwiGLU) == fused
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
