@@ -36,6 +36,8 @@ OPTIONS = {
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
     "--dtype --json",
     "scores import": "path --out --top-k --experts --json",
+    "scores diff": "a b --metric --p --json",
+    "scores overlap": "files --metric --p --plot --json",
 }
 
 
@@ -127,7 +129,7 @@ def test_the_whole_job(task: Path, tmp_path: Path) -> None:
     trained = esft_json("train", tmp_path / "recipe.yaml", "--out", run)
     assert trained["delta"] == str(run / "delta")
     assert trained["trained"] == picked["summary"]["parameters"]
-    assert trained["delta_bytes"] == (run / "delta" / "delta.safetensors").stat().st_size
+    assert trained["delta_bytes"] == (run / "delta" / "esft_delta.safetensors").stat().st_size
     assert esft_json("merge", base, run / "delta", "--out", merged)["merged"] == str(merged)
     verified = esft_json("verify", base, run / "delta", "--merged", merged)
     assert verified["ok"]
