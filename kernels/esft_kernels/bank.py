@@ -80,8 +80,9 @@ class ExpertBank:
     Attributes:
         up: hidden to inner; with a gate its output holds both halves, `[N, 2I]`, else `[N, I]`.
         down: inner to hidden.
-        slot: `[E]` int64; `slot[e]` is expert e's place once the n selected ones come first:
+        slot: `[E]` int64; `slot[e]` is expert e's place once the n trainable ones come first:
             below n it is a row of the trainable bank, else `slot[e] - n` one of the frozen bank.
+            Two ids may share a slot, and a slot may have no id.
         activation: maps the up projection's output `[N, 2I]` to `[N, I]`, row by row and free of
             parameters; the backward differentiates it by autograd. With a `SwiGLU` the GPU
             kernels compute it themselves.
@@ -99,8 +100,13 @@ class ExpertBank:
 
     @property
     def num_experts(self) -> int:
-        """How many experts there are: E."""
+        """How many expert ids there are: E."""
         return self.slot.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """How many experts both banks have together: S; E where each id has a slot of its own."""
+        return self.num_selected + self.up.frozen.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:

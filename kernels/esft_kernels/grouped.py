@@ -67,7 +67,7 @@ class _MoeMlp(torch.autograd.Function):
         down_bias: Tensor | None,
         bank: ExpertBank,
     ) -> Tensor:
-        segments = cut(topk_index, bank.slot, bank.num_selected)
+        segments = cut(topk_index, bank)
         ups, downs = bank.up.matrices(), bank.down.matrices()
         zs, ys = [], []
         for trainable, segment in ((True, segments.selected), (False, segments.frozen)):
@@ -119,13 +119,13 @@ class _MoeMlp(torch.autograd.Function):
                     bias = down.bias[_group(segment.offsets, dy.shape[0])]
                     dots = dots + (dy * bias).sum(-1, dtype=d_gate.dtype)
                 d_gate[segment.row] = dots
-            (dz,) = torch.autograd.grad(a, z, (da * gate).to(a.dtype))
+            (dz,) = torch.autograd.grad(a, z, da.mul_(gate))
             if trainable:
-                gated = (dy * gate).to(dy.dtype)
+                dy.mul_(gate)
                 if need_down:
-                    grads["down"] = down.weight_grad(a.detach(), gated, segment.offsets)
+                    grads["down"] = down.weight_grad(a.detach(), dy, segment.offsets)
                 if need_down_bias:
-                    grads["down_bias"] = _group_sum(gated, segment.offsets)
+                    grads["down_bias"] = _group_sum(dy, segment.offsets)
                 if need_up:
                     rows = x.index_select(0, segment.token)
                     grads["up"] = up.weight_grad(rows, dz, segment.offsets)

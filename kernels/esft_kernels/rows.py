@@ -18,12 +18,12 @@ class Rows:
 
     Attributes:
         flat: `[N]` int32, position of each sorted row in the flattened `[T*K]` routing. Rows
-            without an expert come last, behind `offsets[E]`.
+            without an expert come last, behind `offsets[S]`.
         token: `[N]` int32, the token that each sorted row is a copy of.
         place: `[T, K]` int32, the sorted row of each routed one, or `ELSEWHERE` or `NO_EXPERT`.
-        offsets: `[E + 1]` int32; slot s has the sorted rows `offsets[s]` to `offsets[s + 1]`.
-        tile_slot: `[tiles]` int32, the slot of each tile, ascending; E for a tile without rows.
-            There are as many tiles as the most uneven routing needs: `ceil(N / block_m) + E`.
+        offsets: `[S + 1]` int32; slot s has the sorted rows `offsets[s]` to `offsets[s + 1]`.
+        tile_slot: `[tiles]` int32, the slot of each tile, ascending; S for a tile without rows.
+            There are as many tiles as the most uneven routing needs: `ceil(N / block_m) + S`.
         tile_row: `[tiles]` int32, the first row of each tile.
         block_m: rows of a tile; a slot's last tile may have fewer.
     """
@@ -37,8 +37,8 @@ class Rows:
     block_m: int
 
     @property
-    def num_experts(self) -> int:
-        """How many experts there are: E."""
+    def num_slots(self) -> int:
+        """How many experts both banks have together: S."""
         return self.offsets.shape[0] - 1
 
     @property
@@ -47,6 +47,6 @@ class Rows:
         return self.tile_slot.shape[0]
 
 
-def tile_bound(rows: int, num_experts: int, block_m: int) -> int:
+def tile_bound(rows: int, num_slots: int, block_m: int) -> int:
     """Return the most tiles that any routing of so many rows needs."""
-    return -(-rows // block_m) + min(num_experts, rows)
+    return -(-rows // block_m) + min(num_slots, rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from esft_kernels.bank import ExpertBank
 from esft_kernels.checks import bad_ids
 
 
@@ -66,27 +67,26 @@ class Segments:
         )
 
 
-def cut(topk_index: Tensor, slot: Tensor, num_selected: int) -> Segments:
+def cut(topk_index: Tensor, bank: ExpertBank) -> Segments:
     """Sort the routed rows by slot and cut them into the trainable and the frozen bank's.
 
     The sort is stable, so that equal input gives equal bits. One host sync.
 
     Args:
         topk_index: `[T, K]` expert ids; -1 or E where the expert is held elsewhere.
-        slot: `[E]` int64, see `ExpertBank`.
-        num_selected: n.
+        bank: whose slots count.
 
     Raises:
         ValueError: an id is below -1 or above E.
     """
-    E = slot.shape[0]
+    E, slots, num_selected = bank.num_experts, bank.num_slots, bank.num_selected
     flat = topk_index.reshape(-1).long()
-    # Rows of experts that are held elsewhere get slot E, behind all others.
-    slots = F.pad(slot, (1, 1), value=E).index_select(0, (flat + 1).clamp(0, E + 1))
-    order = torch.argsort(slots, stable=True)
+    # Rows of experts that are held elsewhere get slot S, behind all others.
+    slot = F.pad(bank.slot, (1, 1), value=slots).index_select(0, (flat + 1).clamp(0, E + 1))
+    order = torch.argsort(slot, stable=True)
     # Not by counting: `bincount` waits for the device to learn the highest slot.
-    experts = torch.arange(E, device=slots.device)
-    offsets = torch.searchsorted(slots.index_select(0, order), experts, right=True)
+    experts = torch.arange(slots, device=slot.device)
+    offsets = torch.searchsorted(slot.index_select(0, order), experts, right=True)
     first = offsets[num_selected - 1] if num_selected else torch.zeros_like(offsets[0])
     bounds = flat.aminmax() if flat.numel() else (first, first)
     least, most, middle, end = torch.stack([*bounds, first, offsets[-1]]).tolist()

@@ -64,9 +64,9 @@ class _MoeMlp(torch.autograd.Function):
             x.dtype,
             x.shape[1],
             bank.down.in_features,
-            topk_index.numel() / bank.num_experts,
+            topk_index.numel() / bank.num_slots,
         )
-        rows = route(topk_index, bank.slot, config.block_m)
+        rows = route(topk_index, bank.slot, config.block_m, bank.num_slots)
         ups, downs = bank.up.matrices(), bank.down.matrices()
         swiglu = _fused_activation(bank)
         if swiglu is not None:
@@ -90,7 +90,7 @@ class _MoeMlp(torch.autograd.Function):
         d_out = d_out.contiguous()
         n = bank.num_selected
         # Without a gradient to pass on, only the trainable bank's rows matter.
-        slots = rows.num_experts if need_x or need_gate else n
+        slots = rows.num_slots if need_x or need_gate else n
         swiglu = _fused_activation(bank)
         if swiglu is not None:
             dz, gated, d_gate = down_dact_bwd(
@@ -185,7 +185,7 @@ def _through_activation(
         bias = torch.cat([downs.trainable_bias, downs.frozen_bias])  # type: ignore[list-item]
         slot = torch.searchsorted(
             rows.offsets[1:], torch.arange(dots.shape[0], device=dots.device), right=True
-        ).clamp_(max=rows.num_experts - 1)
+        ).clamp_(max=rows.num_slots - 1)
         dots += (d_out.float() @ bias.float().t())[rows.token, slot]
     # Rows without an expert were never written.
     d_weight = torch.where(rows.place >= 0, dots[rows.place.clamp(min=0)], 0.0)

@@ -145,3 +145,26 @@ def test_a_frozen_bank_without_a_dense_dimension():
     out, grads = run(moe_mlp, inputs(20, 2, torch.float32), strided)
     assert error(out, reference[0].double()) < 1e-6
     assert all(error(g, r.double()) < 1e-6 for g, r in zip(grads, reference[1], strict=True))
+
+
+@pytest.mark.parametrize("path", ["grouped", "triton"])
+def test_ids_may_share_a_slot_and_slots_may_have_no_id(path, monkeypatch):
+    """As where one batch mixes several versions of an expert: nine ids for the six slots."""
+    monkeypatch.setenv("ESFT_KERNELS", path)
+    slot = torch.tensor([5, 0, 4, 5, 1, 2, 2, 0, 5])  # nobody has slot 3
+    bank = replace(make_bank([1, 2], dtype=torch.float32), slot=slot)
+    reference_bank = replace(make_bank([1, 2]), slot=slot)
+    x, _, weight = inputs(20, 3, torch.float32)
+    index = torch.randint(0, 9, (20, 3), generator=torch.Generator().manual_seed(0))
+    wide = [x.detach().double().requires_grad_(), index, weight.detach().double().requires_grad_()]
+    reference = run(naive.moe_mlp, wide, reference_bank)
+    out, grads = run(moe_mlp, [x, index, weight], bank)
+    assert error(out, reference[0]) < 1e-5
+    assert all(error(g, r) < 1e-5 for g, r in zip(grads, reference[1], strict=True))
+    unknown = index + 2  # 9 is an expert held elsewhere, 10 is none
+    if path == "grouped":
+        with pytest.raises(ValueError, match="expected expert ids 0 to 8"):
+            moe_mlp(x, unknown, weight, bank)
+    else:
+        out = moe_mlp(x, unknown, weight, bank)
+        assert torch.equal(out.isnan().any(1), (unknown == 10).any(1))

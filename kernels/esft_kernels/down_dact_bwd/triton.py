@@ -57,7 +57,7 @@ def down_dact_bwd(
     _down_dact_bwd[(columns * rows.num_tiles,)](
         d_out, back.trainable, back.frozen, z, weight, dz, gated, d_weight,
         rows.token, rows.flat, rows.offsets, rows.tile_slot, rows.tile_row,
-        n, rows.num_experts if slots is None else slots, N,
+        n, rows.num_slots if slots is None else slots, N,
         H=H, I=I, **bank_strides(back), INTERLEAVED=activation.interleaved,
         BM=rows.block_m, **config,
     )  # fmt: skip

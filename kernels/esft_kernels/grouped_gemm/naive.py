@@ -23,7 +23,7 @@ def grouped_gemm(x: Tensor, matrices: Matrices, rows: Rows, *, gather: bool) -> 
     n = matrices.trainable.shape[0]
     y = x.new_zeros(rows.flat.shape[0], matrices.frozen.shape[-1])
     ends = rows.offsets.tolist()
-    for s in range(rows.num_experts):
+    for s in range(rows.num_slots):
         own = slice(ends[s], ends[s + 1])
         bank, bias = (
             (matrices.trainable, matrices.trainable_bias)

@@ -44,7 +44,7 @@ def grouped_gemm(
     _grouped_gemm[(triton.cdiv(out, config["BN"]) * rows.num_tiles,)](
         x, matrices.trainable, matrices.frozen, *biases, y,
         rows.token, rows.offsets, rows.tile_slot, rows.tile_row,
-        matrices.trainable.shape[0], rows.num_experts if slots is None else slots,
+        matrices.trainable.shape[0], rows.num_slots if slots is None else slots,
         K=x.shape[1], N=out, **bank_strides(matrices),
         GATHER=gather, BIAS=has_bias, BM=rows.block_m, **config,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def up_swiglu_fwd(
     _up_swiglu_fwd[(triton.cdiv(I, config["BN"]) * rows.num_tiles,)](
         x, up.trainable, up.frozen, z, a,
         rows.token, rows.offsets, rows.tile_slot, rows.tile_row,
-        up.trainable.shape[0], rows.num_experts,
+        up.trainable.shape[0], rows.num_slots,
         H=H, I=I, **bank_strides(up), INTERLEAVED=activation.interleaved, BM=rows.block_m, **config,
     )  # fmt: skip
     return z, a
