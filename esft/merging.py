@@ -16,7 +16,7 @@ from pathlib import Path
 from esft.delta import Delta, attach_delta, read_delta
 from esft.errors import CheckError, DeltaError
 from esft.files import explain_write_errors, new_folder, refuse_existing, write_text
-from esft.fingerprint import check_base, check_hash
+from esft.fingerprint import hash_tensor
 from esft.loading import load_model, resolve
 from esft.progress import SILENT, Reporter
 from esft.shards import INDEX, Checkpoint, Entry, open_checkpoint, read_blocks
@@ -64,8 +64,8 @@ def merge(
     refuse_existing(out)
     opened = read_delta(Path(delta))
     checkpoint = open_checkpoint(source)
-    check_base(opened.base, checkpoint, hashes=False)
-    with new_folder(out) as folder:
+    opened.check_base(checkpoint, hashes=False)
+    with opened.plain(checkpoint) as plain, new_folder(out) as folder:
         _copy_other_files(source, folder)
         if opened.is_adapter:
             _merge_adapter(source, opened, folder)
@@ -73,7 +73,7 @@ def merge(
             size = sum(entry.end - entry.start for entry in checkpoint.entries.values())
             with reporter.task("merge", size, "byte") as task:
                 for file in checkpoint.files:
-                    for written in _merge_file(checkpoint, file, opened, folder / file.name):
+                    for written in _merge_file(checkpoint, file, plain, folder / file.name):
                         task.advance(written)
         write_text(folder / "README.md", _card(base, opened))
     return out
@@ -90,7 +90,7 @@ def verify(base: str | Path, delta: str | Path, merged: str | Path | None = None
     """
     opened = read_delta(Path(delta))
     checkpoint = open_checkpoint(resolve(base))
-    check_base(opened.base, checkpoint)
+    opened.check_base(checkpoint)
     counted = Verification(len(checkpoint.entries), len(opened.entries))
     if merged is None:
         return counted
@@ -98,14 +98,13 @@ def verify(base: str | Path, delta: str | Path, merged: str | Path | None = None
         raise DeltaError(f"{delta}: an adapter's merge is computed, not copied; cannot compare it")
     result = open_checkpoint(Path(merged))
     check_layout(checkpoint, result)
-    for name, entry in checkpoint.entries.items():
-        wanted, found = sha256(), sha256()
-        for block in _merged_blocks(entry, opened, name):
-            wanted.update(block)
-        for block in read_blocks(result.entries[name]):
-            found.update(block)
-        if wanted.digest() != found.digest():
-            raise CheckError(f"{merged}: tensor {name} is not what base and delta give")
+    with opened.plain(checkpoint) as plain:
+        for name, entry in checkpoint.entries.items():
+            wanted = sha256()
+            for block in _merged_blocks(entry, plain, name):
+                wanted.update(block)
+            if wanted.hexdigest() != hash_tensor(result.entries[name]):
+                raise CheckError(f"{merged}: tensor {name} is not what base and delta give")
     return Verification(counted.tensors, counted.changed, len(result.entries))
 
 
@@ -136,7 +135,7 @@ def _merge_file(checkpoint: Checkpoint, file: Path, delta: Delta, out: Path) -> 
                 digest.update(block)
                 if name not in delta.entries:
                     target.write(block)
-            check_hash(delta.base, checkpoint.folder, name, digest.hexdigest())
+            delta.check_hash(checkpoint.folder, name, digest.hexdigest())
             if name in delta.entries:
                 for block in _merged_blocks(entry, delta, name):
                     target.write(block)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from esft.errors import EsftError, ModelError
 from esft.files import read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+STEM = "model"  # of a checkpoint's files
+SINGLE = f"{STEM}.safetensors"
+INDEX = f"{SINGLE}.index.json"
 _CHUNK = 1 << 22  # bytes read at a time
 
 
@@ -57,16 +60,23 @@ class Checkpoint:
         return sorted(own, key=lambda item: (item[1].start, item[1].end))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of a checkpoint's files.
+def open_checkpoint(folder: Path, stem: str = STEM, *, links: bool = True) -> Checkpoint:
+    """Read the headers of a checkpoint's files, or of a delta's.
+
+    Args:
+        folder: where they are.
+        stem: what their names begin with.
+        links: whether a file may be a symbolic link to one outside the folder.
 
     Raises:
         ModelError: there are no safetensors files, one is missing or damaged, two hold a tensor
             of the same name, or the index points outside the folder.
     """
-    files = tuple(_shards(folder))
+    files = tuple(_shards(folder, stem))
     entries: dict[str, Entry] = {}
     for file in files:
+        if not links:
+            refuse_link_outside(file)
         for name, entry in read_header(file).items():
             if name in entries:
                 raise ModelError(f"{file}: tensor {name} is also in {entries[name].file.name}")
@@ -86,7 +96,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             pass
         with open(file, "rb") as raw:
             (length,) = struct.unpack("<Q", raw.read(8))
-            header = json.loads(raw.read(length))
+            header = json.loads(raw.read(length), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise ModelError(f"{file}: this weights file is missing") from None
     except (SafetensorError, OSError, ValueError, struct.error) as error:
@@ -122,11 +132,40 @@ def read_blocks(entry: Entry, start: int = 0, end: int | None = None) -> Iterato
             left -= len(block)
 
 
-def _shards(folder: Path) -> Iterator[Path]:
-    index = folder / INDEX
+def read_rows(entry: Entry, rows: Iterable[int]) -> Iterator[bytes]:
+    """Yield the bytes of some rows (indices of the first dimension), in the order given."""
+    size = (entry.end - entry.start) // entry.shape[0]
+    for row in rows:
+        yield from read_blocks(entry, row * size, (row + 1) * size)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # One reader may take the first of two, another the last.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return found
+
+
+def refuse_link_outside(file: Path) -> None:
+    """Raise ModelError if a file is a symbolic link that leads out of its folder.
+
+    One into the hub's cache may: that keeps the files of `snapshots/REVISION/` in `blobs/`.
+    """
+    folder = Path(os.path.realpath(file.parent))
+    target = Path(os.path.realpath(file))
+    is_cached = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    if folder not in target.parents and not is_cached:
+        raise ModelError(
+            f"{file}: a symbolic link to {target}, outside the folder; put the file itself there"
+        )
+
+
+def _shards(folder: Path, stem: str) -> Iterator[Path]:
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            yield folder / SINGLE
+        if single.is_file():
+            yield single
             return
         pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         if pickled:
@@ -134,11 +173,11 @@ def _shards(folder: Path) -> Iterator[Path]:
                 f"{pickled[0]}: pickled weights can run code when read and are refused; "
                 f"convert the checkpoint to safetensors"
             )
-        raise ModelError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
-    if (folder / SINGLE).is_file():
+        raise ModelError(f"{folder}: no {single.name} and no {index.name} in this folder")
+    if single.is_file():
         raise ModelError(
-            f"{folder}: holds both {SINGLE} and {INDEX}, which may differ; transformers reads the "
-            f"first; remove the one that is not meant"
+            f"{folder}: holds both {single.name} and {index.name}, which may differ; transformers "
+            f"reads the first; remove the one that is not meant"
         )
     try:
         names = sorted(set(read_json(index, "index")["weight_map"].values()), key=str)
@@ -149,6 +188,15 @@ def _shards(folder: Path) -> Iterator[Path]:
     if not names:
         raise ModelError(f"{index}: the weight_map is empty")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        if not _is_file_name(name):
             raise ModelError(f"{index}: points outside the folder: {name!r}")
         yield folder / name
+
+
+def _is_file_name(name: object) -> bool:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        return False
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False

@@ -22,7 +22,7 @@ from esft.data.rows import read_rows
 from esft.errors import EsftError, OutputError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, sha256_file, write_text
-from esft.fingerprint import fingerprint
+from esft.fingerprint import fingerprint, tokenizer_digest
 from esft.inference import check_vocabulary
 from esft.loading import load_model, load_tokenizer, refuse_quantised, resolve
 from esft.methods import ExpertMethod, FullMethod, LoraMethod, Method
@@ -110,6 +110,7 @@ class _Run:
         )
         # Read before training: should the base change or vanish meanwhile, nothing is lost.
         self.base = fingerprint(base)
+        self.tokenizer_digest = tokenizer_digest(self.folder)
         if saved is not None:
             check(saved, self._guard())
 
@@ -254,16 +255,27 @@ class _Run:
                 "name": self.recipe.model,
                 "model_type": self.anatomy.model_type,
                 "architecture": self.anatomy.architecture,
+                "tokenizer": self.tokenizer_digest,
             },
+            "recipe": self.recipe.model_dump(exclude_none=True),
             "training": {
                 "steps": steps,
-                "recipe": self.recipe.model_dump(exclude_none=True),
                 "evaluation": None if evaluation is None else evaluation.to_dict(),
             },
         }
         if self.selection is not None:
             about["selection"] = self.selection.to_dict()
+            about["scores"] = self._scores_origin()
         return about
+
+    def _scores_origin(self) -> dict[str, Any]:
+        """Return where the selection's scores came from: this run's data, or another's file."""
+        if isinstance(self.recipe.selection, str):
+            return {"selection_file": self.recipe.selection}
+        file = self.out / SCORES
+        # Nothing may fail now that training is done, not even where somebody tidied up.
+        sample = Scores.read(file).sample if file.is_file() else {}
+        return {"data": self.recipe.data.train, "sample": sample}
 
 
 def _train_set(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from esft.delta import expert_changes, write_delta
+from esft.changes import expert_changes
+from esft.delta import write_delta
 from esft.experts import attach, detach
 from esft.fingerprint import fingerprint
 from esft.selection import Selection
@@ -52,28 +55,61 @@ def train_delta(base: Path, folder: Path, experts: dict[int, list[int]] = PICKED
     return detach(model).eval()
 
 
+CONFIG, WEIGHTS, BASE = "esft_config.json", "esft_delta.safetensors", "esft_base.json"
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+
+
+def raw(tensor: Tensor) -> bytes:
+    """Return a tensor's bytes as safetensors stores them."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def forge(
-    delta: Path,
-    out: Path,
-    change: Callable[[dict[str, Tensor], dict[str, Any]], None],
-    weights: str = "delta.safetensors",
+    delta: Path, out: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]
 ) -> Path:
     """Write a delta as a forger would: changed, with all hashes right.
 
     Args:
-        delta: a delta.
+        delta: a delta in one file.
         out: a new folder.
-        change: changes the tensors and the manifest, in place.
-        weights: the file that holds the tensors.
+        change: changes the tensors and the manifest, in place. What the manifest says of a
+            tensor is brought into line first, so that the manifest has the last word.
     """
+    shutil.copytree(delta, out)
+    manifest = json.loads((out / CONFIG).read_text())
+    before, tensors = load_file(out / WEIGHTS), load_file(out / WEIGHTS)
+    change(tensors, copy.deepcopy(manifest))
+    listed = manifest["tensors"]
+    for name, tensor in tensors.items():
+        item = listed.setdefault(name, {"base_sha256": "00"})
+        item |= {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        item["sha256"] = hashlib.sha256(raw(tensor)).hexdigest()
+    for name in before.keys() - tensors.keys():
+        del listed[name]
+    change(before, manifest)
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    (out / CONFIG).write_text(json.dumps(manifest))
+    return out
+
+
+def as_version_1(delta: Path, out: Path) -> Path:
+    """Write a delta as version 1 did."""
+    manifest = json.loads((delta / CONFIG).read_text())
     out.mkdir()
-    for path in delta.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(out / weights)
-    manifest = json.loads((out / "delta.json").read_text())
-    change(tensors, manifest)
-    save_file(tensors, out / weights, metadata={"format": "pt"})
-    data = (out / weights).read_bytes()
-    manifest["files"][weights] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (out / "delta.json").write_text(json.dumps(manifest))
+    save_file(load_file(delta / WEIGHTS), out / "delta.safetensors", metadata={"format": "pt"})
+    base = json.loads((delta / BASE).read_text())["tensors"]
+    (out / "base.json").write_text(json.dumps({"format": "esft-base/1", "tensors": base}))
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    old = {
+        "format": "esft-delta/1",
+        "method": manifest["method"],
+        "base": {"name": "tiny", "tensors": len(base)},
+        "training": {"steps": 3, "recipe": {"model": "tiny"}},
+        "rows": {name: t["rows"] for name, t in manifest["tensors"].items() if "rows" in t},
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
+    }
+    (out / "delta.json").write_text(json.dumps(old))
     return out

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from esft import checkpoint, delta, files, trainer, training
+from esft import checkpoint, delta, files, manifest, trainer, training
 from esft.recipe import read_recipe
 
 # Where the process dies: a function it is about to call, and at which of the calls.
@@ -29,8 +29,8 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "before a checkpoint's last file": (checkpoint, "write_text", 1),
     "before a checkpoint is renamed": (files, "_swap", 2),
     "before an old checkpoint is deleted": (checkpoint.shutil, "rmtree", 0),
-    "before the delta is written": (delta, "save_file", 0),
-    "before the manifest": (delta, "write_json", 1),
+    "before the delta is written": (delta, "write_shards", 0),
+    "before the manifest": (manifest, "write_json", 1),
 }
 
 
@@ -63,7 +63,7 @@ def found(run: Path) -> dict[str, Any]:
     checkpoints = run / "checkpoints"
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
-    weights = run / "delta" / "delta.safetensors"
+    weights = run / "delta" / "esft_delta.safetensors"
     return {
         "checkpoints": sorted(p.name for p in checkpoints.iterdir())
         if checkpoints.is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from esft.delta import Changed, read_delta, write_delta, write_manifest
+from esft.changes import Changed
+from esft.delta import read_delta, write_delta
 from esft.errors import DeltaError, OutputError
+from esft.fingerprint import fingerprint
+from esft.manifest import write_manifest
 from esft.merging import merge
-from tests.deltas import PICKED, forge, save_base, train_delta
+from esft.shards import open_checkpoint
+from tests.deltas import CONFIG, PICKED, WEIGHTS, forge, save_base, train_delta
 
 Tensors, Manifest = dict[str, Tensor], dict[str, Any]
 
@@ -65,12 +70,12 @@ def scalar(tensors: Tensors, _: Manifest) -> None:
     tensors[NAME] = torch.zeros((), dtype=torch.bfloat16)
 
 
-def rows_of_a_stranger(_: Tensors, manifest: Manifest) -> None:
-    manifest["rows"]["model.layers.7.mlp.experts.down_proj"] = [0]
-
-
 def rows_of_another(_: Tensors, manifest: Manifest) -> None:
-    manifest["rows"][NAME] = [0]
+    manifest["tensors"][NAME]["rows"] = [0]
+
+
+def replaces_another(_: Tensors, manifest: Manifest) -> None:
+    manifest["tensors"][NAME]["base_sha256"] = "0" * 64
 
 
 @pytest.mark.parametrize(
@@ -79,14 +84,14 @@ def rows_of_another(_: Tensors, manifest: Manifest) -> None:
         (put(float("nan")), f"tensor {NAME} has NaN or infinite values"),
         (put(float("inf")), f"tensor {NAME} has NaN or infinite values"),
         (put(float("-inf")), f"tensor {NAME} has NaN or infinite values"),
-        (foreign, "tensor model.layers.1.mlp.experts.99.up_proj.weight is not in the base"),
-        (cast(torch.float32), f"tensor {NAME} is F32 [24, 32], BF16 [24, 32] is expected"),
-        (cast(torch.float16), f"tensor {NAME} is F16 [24, 32], BF16 [24, 32] is expected"),
-        (turned, f"tensor {NAME} is BF16 [32, 24], BF16 [24, 32] is expected"),
-        (cut, f"tensor {NAME} is BF16 [23, 32], BF16 [24, 32] is expected"),
-        (scalar, f"tensor {NAME} is BF16 [], BF16 [24, 32] is expected"),
-        (rows_of_a_stranger, "model.layers.7.mlp.experts.down_proj, which is not there"),
-        (rows_of_another, f"tensor {NAME} is BF16 [24, 32], BF16 [1, 32] is expected"),
+        (foreign, "tensor model.layers.1.mlp.experts.99.up_proj.weight: is not in the base"),
+        (cast(torch.float32), f"tensor {NAME}: is F32 [24, 32], BF16 [24, 32] is expected"),
+        (cast(torch.float16), f"tensor {NAME}: is F16 [24, 32], BF16 [24, 32] is expected"),
+        (turned, f"tensor {NAME}: is BF16 [32, 24], BF16 [24, 32] is expected"),
+        (cut, f"tensor {NAME}: is BF16 [23, 32], BF16 [24, 32] is expected"),
+        (scalar, f"tensor {NAME}: is BF16 [], BF16 [24, 32] is expected"),
+        (rows_of_another, f"tensor {NAME}: is BF16 [24, 32], BF16 [1, 32] is expected"),
+        (replaces_another, f"tensor {NAME}: base_sha256 is not that of esft_base.json"),
     ],
 )
 def test_a_forged_delta_is_refused_by_the_tensor(made, tmp_path, change, message):
@@ -102,54 +107,74 @@ def test_a_forged_delta_is_refused_by_the_tensor(made, tmp_path, change, message
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([8, 0], "rows out of range: [8, 0]"),
-        ([-1, 0], "rows out of range: [-1, 0]"),
+        ([8, 0], "rows out of range, or twice the same: [8, 0]"),
+        ([-1, 0], "rows out of range, or twice the same: [-1, 0]"),
         ([2**63, 0], "rows out of range"),
-        ([5, 5], "rows out of range: [5, 5]"),
+        ([5, 5], "rows out of range, or twice the same: [5, 5]"),
         ([5.0, 0.0], "rows out of range"),
         (["5", "0"], "rows out of range"),
         ("50", "rows out of range"),
-        ([[5], [0]], "incomplete or of the wrong shape"),
+        ([[5], [0]], "rows out of range"),
         ([None, 0], "rows out of range"),
         ([True, False], "rows out of range"),
         ([5], "BF16 [1, 24, 32] is expected"),
         ([5, 0, 1], "BF16 [3, 24, 32] is expected"),
         ([], "BF16 [0, 24, 32] is expected"),
-        (5, "incomplete or of the wrong shape"),
+        (5, "rows out of range"),
         (None, "BF16 [8, 24, 32] is expected"),  # no rows: then it must hold all experts
     ],
 )
 def test_forged_rows_are_refused(made, tmp_path, rows, message):
     def change(_: Tensors, manifest: Manifest) -> None:
-        del manifest["rows"][FUSED]
+        del manifest["tensors"][FUSED]["rows"]
         if rows is not None:
-            manifest["rows"][FUSED] = rows
+            manifest["tensors"][FUSED]["rows"] = rows
 
     forged = forge(made["gpt_oss"][1], tmp_path / "forged", change)
     with pytest.raises(DeltaError) as caught:
         read_delta(forged)
     assert message in str(caught.value)
-    assert (FUSED if "incomplete" not in message else "delta.json") in str(caught.value)
+    assert f"esft_config.json: tensor {FUSED}: " in str(caught.value)
 
 
-def test_a_fused_tensor_that_is_missing_is_noticed(made, tmp_path):
-    def change(tensors: Tensors, _: Manifest) -> None:
-        del tensors[FUSED]
-
-    forged = forge(made["gpt_oss"][1], tmp_path / "forged", change)
-    with pytest.raises(DeltaError, match=f"rows are listed for {FUSED}, which is not there"):
-        read_delta(forged)
-
-
-@pytest.mark.parametrize("key", ["format", "method", "base", "files", "rows"])
-@pytest.mark.parametrize("value", [None, 7, []])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *itertools.product(["format", "method", "base", "tensors", "files"], [None, 7, []]),
+        ("coding", 7),
+        ("coding", "zstd-difference/2"),
+    ],
+)
 def test_a_manifest_with_a_key_of_another_kind_is_refused(made, tmp_path, key, value):
     folder = tmp_path / "delta"
     shutil.copytree(made["qwen3_moe"][1], folder)
-    manifest = json.loads((folder / "delta.json").read_text())
-    (folder / "delta.json").write_text(json.dumps(manifest | {key: value}))
-    with pytest.raises(DeltaError, match=r"delta\.json: "):
+    manifest = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(DeltaError, match=rf"esft_config\.json: .*{key}"):
         read_delta(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": 3},
+        {"shape": "x"},
+        {"shape": [24, -32]},
+        {"shape": [24.0, 32]},
+        {"sha256": None},
+        {"sha256": "0" * 63},
+        {"sha256": "G" * 64},
+        {"coded": 3},
+        {"coded": {"bytes": -1, "sha256": "0" * 64}},
+    ],
+)
+def test_a_tensor_described_wrongly_is_refused(made, tmp_path, change):
+    def update(_: Tensors, manifest: Manifest) -> None:
+        manifest["tensors"][NAME] |= change
+
+    forged = forge(made["qwen3_moe"][1], tmp_path / "forged", update)
+    with pytest.raises(DeltaError, match=rf"esft_config\.json: tensor {NAME}: .*(needs|agree)"):
+        read_delta(forged)
 
 
 def test_a_delta_as_forged_without_a_change_is_read(made, tmp_path):
@@ -170,12 +195,35 @@ def test_an_adapter_with_nan_is_refused(tmp_path):
         read_delta(tmp_path)
 
 
+@pytest.mark.parametrize("limit", [1, 2000, 10_000])
+def test_a_delta_in_shards_is_the_same_delta(made, tmp_path, limit):
+    base, delta = made["qwen3_moe"]
+    fingerprinted = fingerprint(open_checkpoint(base))
+    changes = [Changed(name, tensor) for name, tensor in load_file(delta / WEIGHTS).items()]
+    (tmp_path / "cut").mkdir()
+    write_delta(tmp_path / "cut", fingerprinted, changes, {"method": "esft"}, shard_size=limit)
+    files = sorted((tmp_path / "cut").glob("*.safetensors"))
+    most = max(limit, 24 * 32 * 2)  # a tensor of its own may be larger than the limit
+    assert all(path.stat().st_size <= most + 2000 for path in files)
+    sizes = [sum(t.nbytes for t in load_file(path).values()) for path in files]
+    assert max(sizes) <= most
+    assert len(files) == {1: 9, 2000: 9, 10_000: 2}[limit]
+    index = json.loads((tmp_path / "cut" / "esft_delta.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {change.name for change in changes}
+    assert index["metadata"] == {"total_size": sum(sizes)}
+    for folder in ("cut", "one"):
+        merge(base, {"cut": tmp_path / "cut", "one": delta}[folder], tmp_path / f"m_{folder}")
+    assert (tmp_path / "m_cut" / "model.safetensors").read_bytes() == (
+        tmp_path / "m_one" / "model.safetensors"
+    ).read_bytes()
+
+
 BASE = {
-    "w": {"dtype": "BF16", "shape": [4, 6], "sha256": "00"},
-    "half": {"dtype": "F16", "shape": [4, 6], "sha256": "00"},
-    "fused": {"dtype": "F32", "shape": [8, 4, 6], "sha256": "00"},
-    "fp8": {"dtype": "F8_E4M3", "shape": [4, 6], "sha256": "00"},
-    "packed": {"dtype": "U8", "shape": [4, 6], "sha256": "00"},
+    "w": {"dtype": "BF16", "shape": [4, 6], "sha256": "0" * 64},
+    "half": {"dtype": "F16", "shape": [4, 6], "sha256": "0" * 64},
+    "fused": {"dtype": "F32", "shape": [8, 4, 6], "sha256": "0" * 64},
+    "fp8": {"dtype": "F8_E4M3", "shape": [4, 6], "sha256": "0" * 64},
+    "packed": {"dtype": "U8", "shape": [4, 6], "sha256": "0" * 64},
 }
 
 
@@ -215,5 +263,5 @@ def test_written_values_are_those_of_the_base_s_dtype(tmp_path):
 
 def test_writing_into_a_folder_that_is_gone(tmp_path):
     change = Changed("w", torch.ones(4, 6))
-    with pytest.raises(OutputError, match=r"delta\.safetensors: cannot write"):
+    with pytest.raises(OutputError, match=r"esft_delta\.safetensors: cannot write"):
         write_delta(tmp_path / "gone", BASE, [change], {"method": "esft"})

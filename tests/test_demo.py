@@ -50,7 +50,7 @@ def test_every_step_is_told_with_its_command_and_leaves_its_files(demo):
     out, found, said = demo
     for verb in ("eval", "profile", "select", "train", "merge", "verify"):
         assert f"$ esft {verb} " in said
-    for name in ("scores.json", "selection.json", "experts.png", "run/delta/delta.json"):
+    for name in ("scores.json", "selection.json", "experts.png", "run/delta/esft_config.json"):
         assert (out / name).is_file()
     assert json.loads((out / "demo.json").read_text()) == found
 

@@ -199,7 +199,8 @@ def test_evaluate_with_a_delta(checkpoint: Path, tmp_path: Path) -> None:
 
 def save_delta(base: Path, folder: Path) -> Path:
     """Write a delta in which two experts of each layer are different from the base's."""
-    from esft.delta import expert_changes, write_delta
+    from esft.changes import expert_changes
+    from esft.delta import write_delta
     from esft.fingerprint import fingerprint
     from esft.loading import load_model
     from esft.moe import moe_layers

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from esft.delta import attach_delta, expert_changes, read_delta, write_delta
+from esft.changes import expert_changes
+from esft.delta import attach_delta, read_delta, write_delta
 from esft.errors import CheckError, DeltaError, ModelError, OutputError
 from esft.experts import attach
 from esft.fingerprint import fingerprint
@@ -100,7 +101,7 @@ def test_attaching_a_delta_to_a_loaded_model_gives_the_trained_model(tmp_path, f
 
 def test_the_delta_holds_the_selected_experts_and_nothing_else(trained):
     _, delta, _ = trained
-    names = set(load_file(delta / "delta.safetensors"))
+    names = set(load_file(delta / "esft_delta.safetensors"))
     assert names == {
         f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
         for layer, experts in PICKED.items()
@@ -151,7 +152,7 @@ def test_a_base_of_another_dtype_is_refused(trained, tmp_path):
 def test_merging_twice_onto_a_merge_or_in_place_is_refused(trained, tmp_path):
     base, delta, _ = trained
     merged = merge(base, delta, tmp_path / "merged")
-    with pytest.raises(CheckError, match="has other values"):
+    with pytest.raises(CheckError, match="has the delta's values already"):
         merge(merged, delta, tmp_path / "again")
     with pytest.raises(OutputError, match="not empty"):
         merge(base, delta, merged)
@@ -235,47 +236,48 @@ def test_what_lies_beside_the_weights_is_kept_but_neither_pickles_nor_the_card(t
 
 
 def damage_flip(folder: Path) -> None:
-    data = bytearray((folder / "delta.safetensors").read_bytes())
+    data = bytearray((folder / "esft_delta.safetensors").read_bytes())
     data[-3] ^= 4
-    (folder / "delta.safetensors").write_bytes(data)
+    (folder / "esft_delta.safetensors").write_bytes(data)
 
 
 def damage_truncate(folder: Path) -> None:
-    data = (folder / "delta.safetensors").read_bytes()
-    (folder / "delta.safetensors").write_bytes(data[: len(data) // 2])
+    data = (folder / "esft_delta.safetensors").read_bytes()
+    (folder / "esft_delta.safetensors").write_bytes(data[: len(data) // 2])
 
 
 def damage_missing_base(folder: Path) -> None:
-    (folder / "base.json").unlink()
+    (folder / "esft_base.json").unlink()
 
 
 def damage_no_manifest(folder: Path) -> None:
-    (folder / "delta.json").unlink()
+    (folder / "esft_config.json").unlink()
 
 
 def damage_manifest(folder: Path) -> None:
-    (folder / "delta.json").write_text('{"format": "esft-delta/1"')
+    (folder / "esft_config.json").write_text('{"format": "esft-delta/2"')
 
 
 def damage_newer_format(folder: Path) -> None:
-    manifest = json.loads((folder / "delta.json").read_text())
-    (folder / "delta.json").write_text(json.dumps(manifest | {"format": "esft-delta/9"}))
+    manifest = json.loads((folder / "esft_config.json").read_text())
+    (folder / "esft_config.json").write_text(json.dumps(manifest | {"format": "esft-delta/9"}))
 
 
 def damage_escape(folder: Path) -> None:
-    manifest = json.loads((folder / "delta.json").read_text())
-    manifest["files"]["../base/config.json"] = {"bytes": 1, "sha256": ""}
-    (folder / "delta.json").write_text(json.dumps(manifest))
+    manifest = json.loads((folder / "esft_config.json").read_text())
+    manifest["files"] = dict.fromkeys(["adapter_config.json", "adapter_model.safetensors"], {})
+    manifest["files"] = {"../base/config.json": {"bytes": 1, "sha256": ""}, **manifest["files"]}
+    (folder / "esft_config.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_flip, "delta.safetensors: damaged"),
-        (damage_truncate, "delta.safetensors: damaged"),
-        (damage_missing_base, "base.json: this file of the delta is missing"),
-        (damage_no_manifest, "no delta.json"),
-        (damage_manifest, "delta.json:1: not JSON"),
+        (damage_flip, r"esft_delta.safetensors: tensor model\.layers\.\S+: damaged: its sha256"),
+        (damage_truncate, "esft_delta.safetensors: this weights file is damaged"),
+        (damage_missing_base, "esft_base.json: no such file of the delta"),
+        (damage_no_manifest, "no esft_config.json"),
+        (damage_manifest, "esft_config.json:1: not JSON"),
         (damage_newer_format, "esft-delta/9"),
         (damage_escape, "points outside"),
     ],

@@ -268,7 +268,9 @@ def test_gradient_checkpointing_changes_nothing(base32: Path, data: Path, tmp_pa
     for name, on in (("without", False), ("with", True)):
         wanted = recipe(base32, data, max_steps=2, gradient_checkpointing=on)
         esft.train(wanted, tmp_path / name)
-    found = [load_file(tmp_path / n / "delta" / "delta.safetensors") for n in ("without", "with")]
+    found = [
+        load_file(tmp_path / n / "delta" / "esft_delta.safetensors") for n in ("without", "with")
+    ]
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
 
@@ -278,10 +280,12 @@ def test_a_run_is_reproducible(base: Path, data: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         torch.manual_seed(hash(name) % 1000)  # whatever came before
         esft.train(recipe(base, data, **short), tmp_path / name)
-    files = [(tmp_path / n / "delta" / "delta.safetensors").read_bytes() for n in ("one", "two")]
+    files = [
+        (tmp_path / n / "delta" / "esft_delta.safetensors").read_bytes() for n in ("one", "two")
+    ]
     assert files[0] == files[1]
     esft.train(recipe(base, data, **short | {"seed": 1}), tmp_path / "three")
-    assert (tmp_path / "three" / "delta" / "delta.safetensors").read_bytes() != files[0]
+    assert (tmp_path / "three" / "delta" / "esft_delta.safetensors").read_bytes() != files[0]
 
 
 def test_the_recipe_of_a_run_repeats_it(base: Path, data: Path, tmp_path: Path) -> None:
@@ -290,7 +294,7 @@ def test_the_recipe_of_a_run_repeats_it(base: Path, data: Path, tmp_path: Path) 
     assert (tmp_path / "again" / "recipe.yaml").read_text() == (
         tmp_path / "run" / "recipe.yaml"
     ).read_text()
-    files = [tmp_path / n / "delta" / "delta.safetensors" for n in ("run", "again")]
+    files = [tmp_path / n / "delta" / "esft_delta.safetensors" for n in ("run", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -312,7 +316,7 @@ def test_small_updates_are_not_lost_in_the_parameters(
     for dtype in ("float32", "bfloat16"):
         wanted = recipe(base, data, param_dtype=dtype, learning_rate=1e-5, save_steps=8)
         esft.train(wanted | {"dtype": "bfloat16"}, tmp_path / dtype)
-        run = tmp_path / dtype / "delta" / "delta.safetensors"
+        run = tmp_path / dtype / "delta" / "esft_delta.safetensors"
         before = weights(base)
         pairs = [(before[name], tensor) for name, tensor in load_file(run).items()]
         changed[dtype] = sum(int((a != b).sum()) for a, b in pairs)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.delta import check_changes, expert_changes, write_delta
+from esft.changes import check_changes, expert_changes
+from esft.delta import write_delta
 from esft.experts import attach
 from esft.fingerprint import Fingerprint
 from esft.loading import DTYPES

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.delta import Changed, check_changes, write_delta
+from esft.changes import Changed, check_changes
+from esft.delta import write_delta
 from esft.fingerprint import Fingerprint
 from esft.methods.base import Method
 from esft.names import disk_tensors

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from esft.delta import write_manifest
 from esft.errors import DeltaError, RecipeError, nearest
 from esft.files import explain_write_errors
 from esft.fingerprint import Fingerprint
+from esft.manifest import write_manifest
 from esft.methods.base import Method
 from esft.moe import moe_layers, trainable_parameters
 

@@ -104,7 +104,7 @@ def test_the_delta(task: Path, limited: tuple[Path, Limit, str]) -> None:
     options = ["--data", task / "train.jsonl", "--method", "full", "--steps", "2", "--out", run]
     with limit(100_000):
         error = refused(reason, "train", task / "base", *options)
-    assert "delta.safetensors: " in error
+    assert "esft_delta.safetensors: " in error
     assert content(run) == {"metrics.jsonl", "recipe.yaml"}
 
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_then_resume_with_room(
     shutil.rmtree(whole / "checkpoints")
     if folder.stat().st_dev == tmp_path.stat().st_dev:  # the small disk holds no third one
         assert esft("train", recipe, "--out", run, "--resume").returncode == 0
-        name = "delta/delta.safetensors"
+        name = "delta/esft_delta.safetensors"
         assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 

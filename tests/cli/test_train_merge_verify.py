@@ -135,7 +135,7 @@ def test_resume_exit_codes(run: Path, tmp_path: Path) -> None:
     content[-1] ^= 1
     state.write_bytes(content)
     assert esft(*resume).returncode == 0
-    name = "delta.safetensors"
+    name = "esft_delta.safetensors"
     assert (folder / "run" / "delta" / name).read_bytes() == (run / "delta" / name).read_bytes()
 
 
@@ -164,10 +164,10 @@ def test_a_wrong_base_is_exit_code_3_and_named_by_a_tensor(
 
 def test_merge_and_verify_refuse(base: Path, run: Path, here: Path) -> None:
     delta = run / "delta"
-    assert "no delta.json in this folder" in refusal("merge", base, run, "--out", "m")
+    assert "no esft_config.json in this folder" in refusal("merge", base, run, "--out", "m")
     assert "no such folder" in refusal("merge", "/none", delta, "--out", "m")
     assert "not empty" in refusal("merge", base, delta, "--out", base)
-    assert "no delta.json" in refusal("verify", base, "none")
+    assert "no esft_config.json" in refusal("verify", base, "none")
     assert "no model.safetensors" in refusal("verify", base, delta, "--merged", "none")
     found = refusal("verify", base, delta, "--merged", base, code=3)
     assert "is not what base and delta give" in found
@@ -177,20 +177,21 @@ def test_merge_and_verify_refuse(base: Path, run: Path, here: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": None}, "incomplete or of the wrong shape"),
-        ({"base": None}, "incomplete or of the wrong shape"),
-        ({"files": 3}, "incomplete or of the wrong shape"),
-        ({"files": {}}, "base.json is not listed under files"),
-        ({"rows": 3}, "incomplete or of the wrong shape"),
-        ({"rows": {"x": [0]}}, "rows are listed for x, which is not there"),
-        ({"format": "esft-delta/2"}, "format is 'esft-delta/2', expected 'esft-delta/1'"),
+        ({"method": None}, "method: missing or of the wrong kind"),
+        ({"base": None}, "base: missing or of the wrong kind"),
+        ({"base": {}}, "esft_base.json: damaged: its sha256 is not base.fingerprint"),
+        ({"files": 3}, "files: not a JSON object"),
+        ({"tensors": 3}, "tensors: missing or of the wrong kind"),
+        ({"tensors": {}}, "in the weights but not in the manifest"),
+        ({"format": "esft-delta/3"}, "install a newer esft: pip install --upgrade esft"),
+        ({"format": "esft/1"}, "format: expected \"esft-delta/2\", found 'esft/1'"),
     ],
 )
 def test_manifests_of_the_wrong_shape(
     base: Path, run: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     shutil.copytree(run / "delta", tmp_path / "delta")
-    file = tmp_path / "delta" / "delta.json"
+    file = tmp_path / "delta" / "esft_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert message in refusal("verify", base, tmp_path / "delta")
 
@@ -201,11 +202,11 @@ def test_an_adapter_in_a_pickle_is_refused(base: Path, run: Path, tmp_path: Path
     delta = tmp_path / "run" / "delta"
     found = refusal("verify", base, delta, "--merged", base)
     assert "an adapter's merge is computed, not copied" in found
-    manifest = json.loads((delta / "delta.json").read_text())
+    manifest = json.loads((delta / "esft_config.json").read_text())
     weights = manifest["files"].pop("adapter_model.safetensors")
     (delta / "adapter_model.safetensors").rename(delta / "adapter_model.bin")
     manifest["files"]["adapter_model.bin"] = weights
-    (delta / "delta.json").write_text(json.dumps(manifest))
+    (delta / "esft_config.json").write_text(json.dumps(manifest))
     found = refusal("merge", base, delta, "--out", tmp_path / "merged")
     assert "adapter_model.safetensors is not listed under files" in found
     # One that is there but not listed is not taken into account.
