@@ -40,6 +40,7 @@ STYLES: dict[str, dict[str, Any]] = {
         "transposed": True,
     },
     "no gate": {"activation": relu2, "gated": False},
+    "a view": {"activation": lambda z: z[:, ::2]},
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 IN_16_BITS = [
