@@ -19,12 +19,15 @@ _HOME = {
     "Selection": "esft.selection",
     "attach": "esft.experts",
     "detach": "esft.experts",
+    "disable": "esft.switching",
     "evaluate": "esft.evaluation",
     "generate": "esft.generation",
     "inspect": "esft.moe",
+    "load_delta": "esft.switching",
     "merge": "esft.merging",
     "profile": "esft.profiling",
     "select": "esft.selection",
+    "set_active": "esft.switching",
     "train": "esft.training",
     "verify": "esft.merging",
 }
@@ -36,12 +39,15 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "disable",
     "evaluate",
     "generate",
     "inspect",
+    "load_delta",
     "merge",
     "profile",
     "select",
+    "set_active",
     "train",
     "verify",
 ]
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
     from esft.profiling import profile
     from esft.scores import Scores
     from esft.selection import Selection, select
+    from esft.switching import disable, load_delta, set_active
     from esft.training import train
 
 
