@@ -18,14 +18,14 @@ from esft.data.packing import sample
 from esft.data.rows import Row, read_rows
 from esft.diagnostics import routing
 from esft.errors import DataError
-from esft.layer_scores import METRICS, HalfScores, LayerScores
+from esft.layer_scores import HalfScores, LayerScores
 from esft.loading import load_config, load_model, load_skeleton, load_tokenizer, resolve
 from esft.moe import anatomy, moe_layers, text_config
 from esft.progress import SILENT, Reporter
-from esft.ranking import shares, until
 from esft.routing import HALVES, NOT_COUNTED, RoutingSums
 from esft.scores import Scores
 from esft.selection_rule import DEFAULT_P
+from esft.stability import stability
 from esft.token_routing import TokenRouting
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def profile_model(
             "tokens": total,
             "sequences": len(examples),
         },
-        stability=stability(whole, parts) if parts else {},
+        stability=stability(whole, parts, DEFAULT_P) if parts else {},
     )
 
 
@@ -233,23 +233,6 @@ def stored_bytes(folder: Path) -> int | None:
     return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 
 
-def stability(
-    whole: dict[int, LayerScores], parts: Sequence[dict[int, LayerScores]], p: float = DEFAULT_P
-) -> dict[str, float]:
-    """Say how sure a selection is.
-
-    Returns:
-        `p`, and by metric the share of the experts selected at `p` on the whole sample that stay
-        selected on a part of it, over all layers, averaged over the parts.
-    """
-    result = {"p": p}
-    for metric in METRICS:
-        chosen = _select(whole, metric, p)
-        kept = [len(chosen & _select(part, metric, p)) / len(chosen) for part in parts]
-        result[metric] = sum(kept) / len(kept)
-    return result
-
-
 def _check(count: str, tokens: int = TOKENS, seq_len: int = SEQ_LEN) -> None:
     if count not in COUNTS:
         raise DataError(f'--count "{count}": choose one of {", ".join(COUNTS)}')
@@ -278,11 +261,3 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _select(layers: dict[int, LayerScores], metric: str, p: float) -> set[tuple[int, int]]:
-    return {
-        (index, expert)
-        for index, layer in layers.items()
-        for expert in until(shares(layer.metric(metric), index), p)
-    }

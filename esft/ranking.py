@@ -19,6 +19,11 @@ def ranking(scores: list[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))
 
 
+def rounded(scores: list[float], decimals: int | None) -> list[float]:
+    """Return scores `[E]` rounded to so many decimals, or as they are."""
+    return scores if decimals is None else [round(score, decimals) for score in scores]
+
+
 def shares(scores: list[float], layer: int) -> list[float]:
     """Return scores `[E]` divided by their sum.
 

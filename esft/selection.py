@@ -6,16 +6,16 @@ docs/selection-format.md.
 
 from __future__ import annotations
 
-import builtins
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from esft.cutoff import until_p
 from esft.errors import EsftError, SelectionError, nearest
 from esft.files import read_json, write_json
-from esft.ranking import affordable, best, draw, shares, until, within
+from esft.ranking import affordable, best, draw, rounded, within
 from esft.scores import UNKNOWN_MODEL, Scores, layer_index, read_model
 from esft.selection_rule import choose_layers, make_rule
 
@@ -197,11 +197,13 @@ def select(
     scores: Scores,
     *,
     metric: str | None = None,
-    p: float | None = None,
+    p: float | str | None = None,
+    cover: float | None = None,
     mass: str | None = None,
     round: int | None = None,
     top_n: int | None = None,
     budget: str | int | None = None,
+    group: int | None = None,
     layers: str | int | Iterable[int] | None = None,
     random: int | None = None,
     preset: str | None = None,
@@ -214,13 +216,18 @@ def select(
     Args:
         scores: from `profile`, or read from a file.
         metric: `token` (TSR, the default) or `gate` (AGS).
-        p: above 0 and at most 1; 0.2 unless `top_n` or `budget` is given.
+        p: above 0 and at most 1; 0.2 unless `top_n` or `budget` is given. `auto` finds the
+            smallest that is stable and reaches `cover`, see `esft.stability.choose_p`.
+        cover: with `p="auto"`, how much of the scores of the sample's other half the experts
+            chosen on one half must get; 0.2 unless given.
         mass: what p is a part of: `share` divides a layer's scores by their sum (the default),
             `raw` takes them as they are.
         round: round scores to this many decimals first.
         top_n: this many experts in each layer.
         budget: as much as fits, best share first over all layers: `5%` of the model's
             parameters, `500MB` of delta, or a number of parameters.
+        group: with `p`, select whole groups of 2 or 4 experts that serve the same tokens, see
+            `esft.grouping`.
         layers: only these, such as `3-20,22`.
         random: a seed; as many experts per layer as the rule selects, but drawn at random from
             the whole layer: a control.
@@ -228,39 +235,40 @@ def select(
 
     Raises:
         SelectionError: an option is out of range, two contradict each other, the scores do not
-            say what a budget needs, or nothing is selected.
+            say what the rule needs, nothing is selected, or no p reaches `cover`.
     """
     rule = make_rule(
         metric=metric,
         p=p,
+        cover=cover,
         mass=mass,
         round=round,
         top_n=top_n,
         budget=budget,
+        group=group,
         layers=layers,
         random=random,
         preset=preset,
     )
     chosen = choose_layers(rule.layers, scores.layers)
-    rows = {layer: scores.layers[layer].metric(rule.metric) for layer in chosen}
-    if rule.round is not None:
-        rows = {layer: [builtins.round(x, rule.round) for x in row] for layer, row in rows.items()}
+    wanted = {layer: scores.layers[layer] for layer in chosen}
+    rows = {layer: rounded(x.metric(rule.metric), rule.round) for layer, x in wanted.items()}
+    auto = None
     if rule.budget is not None:
         experts = within(rows, affordable(rule.budget, scores.model))
     elif rule.top_n is not None:
         experts = {layer: best(row, rule.top_n, layer) for layer, row in rows.items()}
     else:
-        assert rule.p is not None  # make_rule sets one of the three
-        if rule.mass == "share":
-            rows = {layer: shares(row, layer) for layer, row in rows.items()}
-        experts = {layer: until(row, rule.p) for layer, row in rows.items()}
+        experts, auto = until_p(rule, wanted)
     if rule.random is not None:
         experts = {
             layer: draw(rule.random, layer, scores.layers[layer].experts, len(ids))
             for layer, ids in experts.items()
         }
-    pool = scores.sample.get("count")
-    return Selection(experts, rule=rule.to_dict(pool), model=dict(scores.model))
+    written = rule.to_dict(scores.sample.get("count"))
+    if auto is not None:
+        written |= {"p": auto.p, "auto": auto.to_dict()}
+    return Selection(experts, rule=written, model=dict(scores.model))
 
 
 def _read_experts(value: Any, where: str) -> dict[int, list[int]]:

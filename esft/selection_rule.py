@@ -12,6 +12,8 @@ from esft.errors import SelectionError, nearest
 from esft.layer_scores import METRICS
 
 DEFAULT_P = 0.2
+AUTO = "auto"
+GROUPS = (2, 4)
 MASSES = ("share", "raw")
 
 # `official-token` gives the released configurations exactly. `official-gate` is the paper's rule:
@@ -44,14 +46,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Rule:
-    """A checked rule; exactly one of `p`, `top_n` and `budget` is set."""
+    """A checked rule; exactly one of `p`, `cover`, `top_n` and `budget` is set.
+
+    `cover` means that p is found rather than given, see `esft.stability.choose_p`.
+    """
 
     metric: str
     mass: str
     p: float | None
+    cover: float | None
     round: int | None
     top_n: int | None
     budget: Budget | None
+    group: int | None
     layers: str | None
     random: int | None
     preset: str | None
@@ -64,11 +71,12 @@ class Rule:
                 None where unknown.
         """
         rule: dict[str, Any] = {"metric": self.metric, "pool": pool, "round": self.round}
-        if self.p is not None:
-            rule |= {"mass": self.mass, "p": self.p}
+        if self.p is not None or self.cover is not None:
+            rule |= {"mass": self.mass, "p": AUTO if self.p is None else self.p}
         optional = {
             "top_n": self.top_n,
             "budget": self.budget.text if self.budget else None,
+            "group": self.group,
             "layers": self.layers,
             "random": self.random,
             "preset": self.preset,
@@ -79,11 +87,13 @@ class Rule:
 def make_rule(
     *,
     metric: str | None = None,
-    p: float | None = None,
+    p: float | str | None = None,
+    cover: float | None = None,
     mass: str | None = None,
     round: int | None = None,
     top_n: int | None = None,
     budget: str | int | None = None,
+    group: int | None = None,
     layers: str | int | Iterable[int] | None = None,
     random: int | None = None,
     preset: str | None = None,
@@ -96,8 +106,9 @@ def make_rule(
     given = {"metric": metric, "p": p, "mass": mass, "round": round}
     values = {name: value for name, value in given.items() if value is not None}
     if preset is not None:
-        values |= _preset(preset, values, {"--top-n": top_n, "--budget": budget})
-    ways = {"--p": values.get("p"), "--top-n": top_n, "--budget": budget}
+        others = {"--top-n": top_n, "--budget": budget, "--group": group}
+        values |= _preset(preset, values, others)
+    ways: dict[str, Any] = {"--p": values.get("p"), "--top-n": top_n, "--budget": budget}
     named = [option for option, value in ways.items() if value is not None]
     if len(named) > 1:
         raise SelectionError(f"{named[0]} and {named[1]} contradict each other; give one of them")
@@ -105,13 +116,23 @@ def make_rule(
         values["p"] = DEFAULT_P
     elif named[0] != "--p" and "mass" in values:
         raise SelectionError(f"--mass says what --p is a part of; it contradicts {named[0]}")
+    if group is not None and "p" not in values:
+        raise SelectionError(f"--group goes with --p; it contradicts {named[0]}")
+    mass = _choice("--mass", values.get("mass", MASSES[0]), MASSES)
+    auto = values.get("p") == AUTO
+    if auto and mass != MASSES[0]:
+        raise SelectionError(f"--p auto is a share; it contradicts --mass {mass}")
+    if cover is not None and not auto:
+        raise SelectionError("--cover says what --p auto must reach; give --p auto too")
     return Rule(
         metric=_choice("--metric", values.get("metric", METRICS[0]), METRICS),
-        mass=_choice("--mass", values.get("mass", MASSES[0]), MASSES),
-        p=_p(values.get("p")),
+        mass=mass,
+        p=None if auto else _part("--p", values.get("p")),
+        cover=_part("--cover", DEFAULT_P if cover is None else cover) if auto else None,
         round=_whole("--round", values.get("round"), 0, 15),
         top_n=_whole("--top-n", top_n, 1),
         budget=None if budget is None else parse_budget(budget),
+        group=_group(group),
         layers=_layers_text(layers),
         random=_whole("--random", random, 0),
         preset=preset,
@@ -195,12 +216,18 @@ def _choice(option: str, value: Any, known: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _p(value: Any) -> float | None:
+def _part(option: str, value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise SelectionError(f"--p must be above 0 and at most 1 (it is {value})")
+        raise SelectionError(f"{option} must be above 0 and at most 1 (it is {value})")
     return float(value)
+
+
+def _group(value: Any) -> int | None:
+    if value is not None and value not in GROUPS:
+        raise SelectionError(f"--group {value}: choose {' or '.join(map(str, GROUPS))}")
+    return value
 
 
 def _whole(option: str, value: Any, lowest: int, highest: int | None = None) -> int | None:

@@ -16,8 +16,8 @@ from esft.data.encode import Example
 from esft.errors import DataError, ModelError
 from esft.experts import attach, detach
 from esft.moe import moe_layers
-from esft.profiling import profile, profile_model, stability
-from esft.scores import LayerScores, Scores
+from esft.profiling import profile, profile_model
+from esft.scores import Scores
 from esft.selection import Selection, select
 from tests.checkpoints import save_tiny
 from tests.models import EXPERTS, FAMILIES, HIDDEN, INNER, TOP_K, VOCAB, tiny
@@ -304,15 +304,6 @@ def test_stability_compares_each_half_with_the_whole() -> None:
                 alone = part.layers[index].metric(metric)
                 assert half.metric(metric) == pytest.approx(alone, abs=1e-7)
     assert found.stability["p"] == 0.2
-
-
-def test_stability_by_hand() -> None:
-    def layers(*token: float) -> dict[int, LayerScores]:
-        return {0: LayerScores(len(token), 1, 10, list(token), list(token))}
-
-    whole = layers(0.4, 0.3, 0.2, 0.1)  # p = 0.6 selects 0 and 1
-    parts = [layers(0.7, 0.0, 0.2, 0.1), layers(0.3, 0.4, 0.2, 0.1)]  # 0; and 1 and 0
-    assert stability(whole, parts, p=0.6) == {"p": 0.6, "token": 0.75, "gate": 0.75}
 
 
 def test_one_row_says_nothing_of_stability() -> None:

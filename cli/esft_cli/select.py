@@ -10,6 +10,11 @@ import typer
 from esft_cli import output
 
 
+def _number_or_auto(text: str) -> float | str:
+    # A ValueError is a wrong use of the command, as for every other number.
+    return text if text == "auto" else float(text)
+
+
 def select(
     scores: Annotated[
         Path,
@@ -29,13 +34,24 @@ def select(
         ),
     ] = None,
     p: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--p",
-            metavar="P",
+            metavar="P|auto",
             show_default="0.2",
+            parser=_number_or_auto,
             help="Per layer, take the best experts until their scores reach this share of the "
-            "layer's; above 0, at most 1.",
+            "layer's; above 0, at most 1. auto: the smallest that is stable between the halves of "
+            "the sample and reaches --cover.",
+        ),
+    ] = None,
+    cover: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            show_default="0.2",
+            help="With --p auto: how much of the scores on one half of the sample the experts "
+            "chosen on the other must get.",
         ),
     ] = None,
     mass: Annotated[
@@ -68,6 +84,14 @@ def select(
             "model's parameters, bytes of delta, or N parameters.",
         ),
     ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            metavar="2|4",
+            help="With --p: select whole groups of experts that serve the same tokens; needs "
+            "esft profile --cooccurrence.",
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="3-20,22", help="Select in these layers only.")
     ] = None,
@@ -90,10 +114,12 @@ def select(
         esft.Scores.read(scores),
         metric=metric,
         p=p,
+        cover=cover,
         mass=mass,
         round=round,
         top_n=top_n,
         budget=budget,
+        group=group,
         layers=layers,
         random=random,
         preset=preset,
@@ -119,3 +145,5 @@ def select(
     ):
         table.add_row(name, value)
     output.console().print(table)
+    if "auto" in selection.rule:
+        print(selection.rule["auto"]["why"])

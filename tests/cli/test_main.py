@@ -26,8 +26,8 @@ OPTIONS = {
     "inspect": "model --json",
     "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --device "
     "--dtype --json",
-    "select": "scores --out --metric --p --mass --round --preset --top-n --budget --layers "
-    "--random --json",
+    "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
+    "--group --layers --random --json",
     "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "
     "--resume --device --json",
     "merge": "base delta --out --json",

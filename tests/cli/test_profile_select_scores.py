@@ -145,6 +145,29 @@ def test_select_options(
     assert json.loads(out.read_text())["experts"] == experts
 
 
+def test_select_finds_p_and_selects_groups(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    scores, out = tmp_path / "scores.json", tmp_path / "selection.json"
+    esft_json("profile", checkpoint, "--data", data, "--out", scores, "--cooccurrence")
+    options = ["--p", "auto", "--cover", "0.4", "--group", "2"]
+    found = esft_json("select", scores, "--out", out, *options)
+    auto = found["rule"]["auto"]
+    assert auto["covered"] >= auto["cover"] == 0.4
+    assert found["rule"]["p"] == auto["p"] == Selection.read(out).rule["p"]
+    assert (found["rule"]["group"], found["summary"]["experts"] % 2) == (2, 0)
+    result = esft("select", scores, "--out", out, *options)
+    assert result.stdout.splitlines()[-1] == auto["why"]
+    # The printed p selects the same experts.
+    again = tmp_path / "again.json"
+    esft_json("select", scores, "--out", again, "--p", auto["p"], "--group", "2")
+    assert Selection.read(again).experts == Selection.read(out).experts
+
+
+def test_select_takes_no_other_word_for_p(scores: Path, tmp_path: Path) -> None:
+    result = esft("select", scores, "--out", tmp_path / "s.json", "--p", "much")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--p" in result.stderr
+
+
 def test_select_random_is_a_control_of_the_same_size(scores: Path, tmp_path: Path) -> None:
     out = tmp_path / "selection.json"
     found = esft_json("select", scores, "--out", out, "--p", "0.5", "--random", "7")
