@@ -1,0 +1,72 @@
+"""Tiny random models of our own classes; their routers do not send all tokens one way.
+
+No side of an expert's matrices equals another: where they are swapped, it must not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import esft.models  # noqa: F401  makes the classes known to transformers
+
+NAMES = ("grok1",)
+VOCAB, HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 64, 32, 24, 8, 2, 3
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "grok1": {
+        "num_key_value_heads": 2,
+        "intermediate_size": INNER,
+        "attention_scaling": 0.25,
+        "attn_logit_softcapping": 3.0,  # low enough to be felt
+        "embedding_multiplier": HIDDEN**0.5,
+    },
+}
+
+
+def tiny(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """Return a random fp32 language model in evaluation mode.
+
+    Args:
+        name: one of `NAMES`.
+        seed: of the weights; the caller's random state is left alone.
+        overrides: fields of the configuration.
+    """
+    config = AutoConfig.for_model(name, **(_COMMON | _OWN[name] | overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        # Norms that do something.
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    return model
+
+
+def wide(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """Return the same in float64, which only the plain loop over experts computes in."""
+    model = tiny(name, seed, **overrides)
+    model.set_experts_implementation("eager")
+    return model.double()
+
+
+def ids(rows: int = 2, length: int = 24, seed: int = 7, vocab: int = VOCAB) -> torch.Tensor:
+    """Return seeded random token ids, no special ones: `[rows, length]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab, (rows, length), generator=generator)
