@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import esft.models  # noqa: F401  makes them known to the auto classes
 from esft.errors import ModelError, nearest
 
 TINY_MOE = "tiny-moe"
