@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from esft_kernels import ExpertBank, moe_mlp, path
-from expert_layers import inputs, make_bank
+from esft_kernels import ExpertBank, Projection, moe_mlp, naive, path
+from expert_layers import error, exact, inputs, make_bank, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -100,7 +100,8 @@ def test_triton_needs_both_banks_in_one_layout(name, gaps, monkeypatch):
     args, bank = layer()
     projection = getattr(bank, name)
     if gaps:
-        wide = [w.repeat_interleave(2, dim=-1)[..., ::2] for w in leaves_of(projection)]
+        both = (projection.trainable.detach(), projection.frozen)
+        wide = [weight.repeat_interleave(2, dim=-1)[..., ::2] for weight in both]
         projection = replace(projection, trainable=wide[0].double(), frozen=wide[1])
         # In one dtype the same gaps are no obstacle.
         same = replace(projection, trainable=wide[0])
@@ -113,21 +114,22 @@ def test_triton_needs_both_banks_in_one_layout(name, gaps, monkeypatch):
         moe_mlp(*args, replace(bank, **{name: projection}))
 
 
-def leaves_of(projection: object) -> list[Tensor]:
-    return [projection.trainable.detach(), projection.frozen]  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("selected", [[], [0, 1, 2, 3, 4, 5]])
-def test_an_empty_bank_has_no_layout(selected, monkeypatch):
+def test_the_layout_of_an_empty_bank_does_not_count(selected, monkeypatch):
     monkeypatch.setenv("ESFT_KERNELS", "triton")
     args, bank = inputs(7, 2, torch.float32), make_bank(selected, dtype=torch.float32)
-    up = bank.up
-    turned = {
-        key: getattr(up, key).detach().transpose(1, 2).contiguous().transpose(1, 2)
-        for key in ("trainable", "frozen")
-        if getattr(up, key).shape[0] == 0
-    }
-    assert path.choose(args[0], replace(bank, up=replace(up, **turned))) == "triton"
+    expected, expected_grads = run(naive.moe_mlp, *exact(args, bank))
+    empty = "frozen" if selected else "trainable"
+
+    def turn(projection: Projection) -> Projection:
+        shape = getattr(projection, empty).shape
+        turned = torch.empty(0, shape[2], shape[1]).transpose(1, 2)
+        return replace(projection, **{empty: turned.requires_grad_(empty == "trainable")})
+
+    out, grads = run(moe_mlp, args, replace(bank, up=turn(bank.up), down=turn(bank.down)))
+    assert error(out, expected) < 1e-5
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["up", "down"])

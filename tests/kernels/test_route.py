@@ -37,17 +37,17 @@ def test_matches_oracle(name, block_m):
 
 
 @st.composite
-def routings(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    experts = draw(st.integers(1, 9))
+def routings(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
+    experts, slots = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     tokens, k = draw(st.integers(1, 20)), draw(st.integers(1, 4))
     # Some ids stand for an expert held elsewhere, some name none.
     ids = st.integers(-3, experts + 2)
     index = draw(st.lists(ids, min_size=tokens * k, max_size=tokens * k))
-    order = draw(st.permutations(range(experts)))
-    selected = order[: draw(st.integers(0, experts))]
     dtype = draw(st.sampled_from([torch.int32, torch.int64]))
-    slot = slot_map(selected, experts)
-    return torch.tensor(index, dtype=dtype).view(tokens, k), slot, draw(st.sampled_from([2, 16]))
+    # Ids may share a slot, and a slot may have none.
+    slot = draw(st.lists(st.integers(0, slots - 1), min_size=experts, max_size=experts))
+    block_m = draw(st.sampled_from([2, 16]))
+    return torch.tensor(index, dtype=dtype).view(tokens, k), torch.tensor(slot), block_m, slots
 
 
 # Three programs each.
