@@ -224,7 +224,9 @@ def timing(case: Case, steps: dict[str, Step], repeats: int) -> list[str]:
     times = {name: cpus(found) for name, found in in_turn(fast, repeats, WARM_UP).items()}
     pair = {name: steps[name] for name in ("ours", "eager")}
     slow = {name: cpus(found) for name, found in in_turn(pair, min(3, repeats)).items()}
-    products = {name: cpus(found) for name, found in in_turn(outer(case), repeats, WARM_UP).items()}
+    products = {
+        name: cpus(found) for name, found in in_turn(outer(case), 5 * repeats, WARM_UP).items()
+    }
     scaled = [case.share * seconds for seconds in products["all"]]
     return [
         f"{1000 * statistics.median(times['ours']):.1f}",
