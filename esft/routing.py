@@ -75,7 +75,7 @@ class RoutingSums:
             )
         index_TK = index.reshape(-1, K)
         # Some routers send tokens to experts that do not exist: "no expert", or "the input
-        # itself". Those go to a column of their own, which `scores` refuses.
+        # itself". Those go to a column of their own, which `scores` refuses but where it is known.
         column_TK = torch.where((index_TK >= 0) & (index_TK < E), index_TK, E)
         slot_N = (half_T[:, None] * (E + 1) + column_TK).flatten()
         gate_N = weight.reshape(-1).to(torch.float64) / layer.gate_scale
@@ -91,6 +91,10 @@ class RoutingSums:
     def scores(self, halves: Sequence[int], tokens: int) -> dict[int, LayerScores]:
         """Return the scores, by layer index, over one or both halves.
 
+        A layer that runs several times in a forward pass is scored over all of its uses: each
+        counts as tokens of its own. Where a router may choose something that is no expert, those
+        choices count as such: what a layer's `token` scores lack to a sum of 1 is their share.
+
         Args:
             halves: 0, 1 or both.
             tokens: how many counted tokens these have.
@@ -105,21 +109,23 @@ class RoutingSums:
                 raise ModelError(f"{layer.name}: never called; this family cannot be profiled")
             bins = self._sums[layer.index].cpu().view(2, HALVES + 1, E + 1)
             counts, gates = bins[:, list(halves)].sum(dim=1)
-            if counts[E]:
+            chosen = int(counts.sum())
+            if counts[E] and not layer.layout.others:
                 raise ModelError(
-                    f"{layer.name}: {int(counts[E]):,} of {tokens * K:,} choices of its router are "
+                    f"{layer.name}: {int(counts[E]):,} of {chosen:,} choices of its router are "
                     f"none of its {E} experts; this family cannot be profiled"
                 )
-            if counts.sum() != tokens * K:
+            if not chosen or chosen % (tokens * K):
                 raise ModelError(
-                    f"{layer.name}: its router chose {int(counts.sum()):,} experts for {tokens:,} "
+                    f"{layer.name}: its router chose {chosen:,} experts for {tokens:,} "
                     f"tokens, not {K} each; this family cannot be profiled"
                 )
+            counted = chosen // K
             layers[layer.index] = LayerScores(
                 experts=E,
                 top_k=K,
-                tokens=tokens,
-                token=(counts[:E] / (K * tokens)).tolist(),
-                gate=(gates[:E] / tokens).tolist(),
+                tokens=counted,
+                token=(counts[:E] / chosen).tolist(),
+                gate=(gates[:E] / counted).tolist(),
             )
         return layers

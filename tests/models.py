@@ -67,6 +67,42 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
     },
     "olmoe": {"intermediate_size": INNER, "num_experts": EXPERTS, "norm_topk_prob": False},
+    # Outside the experts interface.
+    "dbrx": {
+        "d_model": HIDDEN,
+        "n_heads": 2,
+        "n_layers": LAYERS,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": HIDDEN,
+            "ffn_hidden_size": INNER,
+            "moe_num_experts": EXPERTS,
+            "moe_top_k": TOP_K,
+        },
+    },
+    "jetmoe": {"kv_channels": 16, "intermediate_size": INNER, "num_local_experts": EXPERTS},
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size": INNER,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": EXPERTS,
+        "interleave_moe_layer_step": 1,
+    },
+    "longcat_flash": {
+        "num_hidden_layers": 2 * LAYERS,  # two attentions each
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": INNER,
+        "n_routed_experts": EXPERTS,
+        "zero_expert_num": 4,
+        "routed_scaling_factor": 2.5,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "head_dim": 8,
+        "v_head_dim": 16,
+    },
 }
 
 
