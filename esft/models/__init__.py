@@ -8,11 +8,23 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from esft.models.grok1 import Grok1Config, Grok1ForCausalLM, Grok1Model
+from esft.models.openmoe import OpenMoeConfig, OpenMoeForCausalLM, OpenMoeModel
 
-__all__ = ["MODELS", "Grok1Config", "Grok1ForCausalLM", "Grok1Model"]
+__all__ = [
+    "MODELS",
+    "Grok1Config",
+    "Grok1ForCausalLM",
+    "Grok1Model",
+    "OpenMoeConfig",
+    "OpenMoeForCausalLM",
+    "OpenMoeModel",
+]
 
 # Of each: configuration, decoder, language model.
-MODELS = ((Grok1Config, Grok1Model, Grok1ForCausalLM),)
+MODELS = (
+    (Grok1Config, Grok1Model, Grok1ForCausalLM),
+    (OpenMoeConfig, OpenMoeModel, OpenMoeForCausalLM),
+)
 
 for _config, _model, _language_model in MODELS:
     # `exist_ok`: a later transformers may have a family of that name; a checkpoint of ours is ours.

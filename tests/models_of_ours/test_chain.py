@@ -45,7 +45,13 @@ def softmax_gates(logits: Sequence[float], top_k: int) -> dict[int, float]:
     return {i: powers[i] / sum(powers) for i in best}
 
 
-GATES = {"grok1": softmax_gates}
+def normalised_gates(logits: Sequence[float], top_k: int) -> dict[int, float]:
+    """Divided by their sum, as ST-MoE has them."""
+    gates = softmax_gates(logits, top_k)
+    return {i: gate / sum(gates.values()) for i, gate in gates.items()}
+
+
+GATES = {"grok1": softmax_gates, "openmoe": normalised_gates}
 
 
 @every

@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
 }
 OWN: dict[str, dict[str, Any]] = {
     "grok1": {"intermediate_size": 64, "embedding_multiplier": 8.0, "attn_logit_softcapping": 30.0},
+    "openmoe": {"intermediate_size": 64},
 }
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from esft.data.isolation import check_isolation
 from esft.models import MODELS
-from tests.models_of_ours.tiny_models import LAYERS, NAMES, VOCAB, ids, tiny
+from tests.models_of_ours.tiny_models import NAMES, VOCAB, ids, tiny
 
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -199,8 +199,8 @@ def test_what_it_returns_on_request(name: str) -> None:
     model = tiny(name, attn_implementation="eager")
     with torch.no_grad():
         out = model(ids(), output_hidden_states=True, output_attentions=True)
-    assert len(out.hidden_states) == LAYERS + 1
-    assert len(out.attentions) == LAYERS
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(out.attentions) == model.config.num_hidden_layers
     assert all(x.shape == (2, 24, 32) for x in out.hidden_states)
     assert all(torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5) for x in out.attentions)
 

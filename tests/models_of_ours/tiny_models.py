@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import esft.models  # noqa: F401  makes the classes known to transformers
 
-NAMES = ("grok1",)
-VOCAB, HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 64, 32, 24, 8, 2, 3
+NAMES = ("grok1", "openmoe")
+VOCAB, HIDDEN, INNER, EXPERTS, TOP_K = 64, 32, 24, 8, 2
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "head_dim": 16,
     "num_experts": EXPERTS,
@@ -36,6 +36,15 @@ _OWN: dict[str, dict[str, Any]] = {
         "attention_scaling": 0.25,
         "attn_logit_softcapping": 3.0,  # low enough to be felt
         "embedding_multiplier": HIDDEN**0.5,
+    },
+    # Layers 1 and 3 have experts.
+    "openmoe": {
+        "num_key_value_heads": 4,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 4,
+        "moe_layer_interval": 2,
+        "attention_scaling": 0.25,
+        "norm_topk_prob": True,
     },
 }
 
