@@ -21,7 +21,9 @@ _HOME = {
     "detach": "esft.experts",
     "disable": "esft.switching",
     "evaluate": "esft.evaluation",
+    "export": "esft.exporting",
     "generate": "esft.generation",
+    "import_official": "esft.official",
     "inspect": "esft.moe",
     "load_delta": "esft.switching",
     "merge": "esft.merging",
@@ -41,7 +43,9 @@ __all__ = [
     "detach",
     "disable",
     "evaluate",
+    "export",
     "generate",
+    "import_official",
     "inspect",
     "load_delta",
     "merge",
@@ -56,9 +60,11 @@ if TYPE_CHECKING:
     from esft.errors import EsftError
     from esft.evaluation import evaluate
     from esft.experts import attach, detach
+    from esft.exporting import export
     from esft.generation import generate
     from esft.merging import merge, verify
     from esft.moe import inspect
+    from esft.official import import_official
     from esft.profiling import profile
     from esft.scores import Scores
     from esft.selection import Selection, select

@@ -64,7 +64,7 @@ def listed_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Entry]:
         (entries.keys() - tensors.keys(), "in the weights but not in the manifest"),
     ):
         if names:
-            raise DeltaError(f"{folder}: {_some(names)}: {where}; the delta is damaged")
+            raise DeltaError(f"{folder}: {some_names(names)}: {where}; the delta is damaged")
     for name, entry in entries.items():
         tensor = tensors[name]
         coded = tensor.get("coded")
@@ -127,7 +127,8 @@ def _hash_finite(entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _some(names: Collection[str]) -> str:
+def some_names(names: Collection[str]) -> str:
+    """Return the first few of some tensors' names, for a message."""
     shown = sorted(names)[:_LISTED]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return ("tensor " if len(names) == 1 else "tensors ") + ", ".join(shown) + more

@@ -265,8 +265,8 @@ def damage_newer_format(folder: Path) -> None:
 
 def damage_escape(folder: Path) -> None:
     manifest = json.loads((folder / "esft_config.json").read_text())
-    manifest["files"] = dict.fromkeys(["adapter_config.json", "adapter_model.safetensors"], {})
-    manifest["files"] = {"../base/config.json": {"bytes": 1, "sha256": ""}, **manifest["files"]}
+    names = ("../base/config.json", "adapter_config.json", "adapter_model.safetensors")
+    manifest["files"] = {name: {"bytes": 1, "sha256": ""} for name in names}
     (folder / "esft_config.json").write_text(json.dumps(manifest))
 
 

@@ -11,7 +11,9 @@ import typer
 
 from esft_cli.demo import demo
 from esft_cli.evaluate import evaluate
+from esft_cli.export import export
 from esft_cli.generate import generate
+from esft_cli.import_ import import_
 from esft_cli.inspect import inspect
 from esft_cli.memory import keep_freed_memory
 from esft_cli.merge import merge
@@ -36,6 +38,8 @@ app.command("select")(select)
 app.command("train")(train)
 app.command("merge")(merge)
 app.command("verify")(verify)
+app.command("export")(export)
+app.command("import")(import_)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.add_typer(scores_app, name="scores")

@@ -32,6 +32,8 @@ OPTIONS = {
     "--resume --device --json",
     "merge": "base delta --out --json",
     "verify": "base delta --merged --json",
+    "export": "delta --out --base --compress --official --json",
+    "import": "adapter --base --out --config --json",
     "eval": "model --data --delta --max-rows --batch-tokens --device --dtype --json",
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
     "--dtype --json",
