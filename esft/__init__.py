@@ -31,6 +31,7 @@ _HOME = {
     "select": "esft.selection",
     "set_active": "esft.switching",
     "train": "esft.training",
+    "unmerge": "esft.unmerging",
     "verify": "esft.merging",
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "select",
     "set_active",
     "train",
+    "unmerge",
     "verify",
 ]
 
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from esft.selection import Selection, select
     from esft.switching import disable, load_delta, set_active
     from esft.training import train
+    from esft.unmerging import unmerge
 
 
 def __getattr__(name: str) -> Any:

@@ -36,13 +36,16 @@ def encode(values: Iterable[bytes], base: Iterable[bytes], width: int) -> Iterat
     yield coder.flush()
 
 
-def decode(coded: Iterable[bytes], base: Iterable[bytes], width: int) -> Iterator[bytes]:
+def decode(
+    coded: Iterable[bytes], base: Iterable[bytes], width: int, *, backwards: bool = False
+) -> Iterator[bytes]:
     """Yield the bytes that `encode` was given.
 
     Args:
         coded: what `encode` gave, in pieces.
         base: the same bytes of the base as then; they say how many bytes there are.
         width: bytes of a number.
+        backwards: `base` is what `encode` was given as values, and the base's bytes are wanted.
 
     Raises:
         ValueError: it is not what `encode` gave for as many bytes.
@@ -54,7 +57,8 @@ def decode(coded: Iterable[bytes], base: Iterable[bytes], width: int) -> Iterato
             planes = np.frombuffer(_read(reader, len(old)), np.uint8)
             folded = np.ascontiguousarray(planes.reshape(width, -1).T).view(f"<u{width}")[:, 0]
             difference = (folded >> 1) ^ (0 - (folded & 1))
-            yield (_numbers(old, width) + difference).tobytes()
+            known = _numbers(old, width)
+            yield (known - difference if backwards else known + difference).tobytes()
         if reader.read(1):
             raise ValueError("more values are coded than the tensor has")
     except zstandard.ZstdError as error:

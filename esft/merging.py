@@ -1,4 +1,4 @@
-"""Delta + base -> checkpoint: a copy of the base's files in which the changed bytes are replaced.
+"""Deltas + base -> checkpoint: a copy of the base's files in which the changed bytes are replaced.
 
 A changed tensor has the dtype and shape that it has in the base, so every file keeps its header
 and its layout, and merging is copying bytes: a few megabytes of memory whatever the model's size,
@@ -7,21 +7,26 @@ tensors that transformers ignores are kept, and nothing is rounded twice.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from esft.copying import copy_file, copy_other_files
 from esft.delta import Delta, attach_delta, read_delta
 from esft.errors import CheckError, DeltaError
 from esft.files import explain_write_errors, new_folder, refuse_existing, write_text
 from esft.fingerprint import hash_tensor
 from esft.loading import load_model, resolve
+from esft.patching import Patch, patched_blocks, patches
 from esft.progress import SILENT, Reporter
-from esft.shards import INDEX, Checkpoint, Entry, open_checkpoint, read_blocks
+from esft.shards import INDEX, Checkpoint, open_checkpoint
 
-_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+Deltas = str | Path | Sequence[str | Path]
+
+_THREADS = 2  # that hash the base while its files are copied
 
 
 @dataclass(frozen=True)
@@ -40,72 +45,93 @@ class Verification:
 
 
 def merge(
-    base: str | Path, delta: str | Path, out: str | Path, *, reporter: Reporter = SILENT
+    base: str | Path,
+    delta: Deltas,
+    out: str | Path,
+    *,
+    on_conflict: str = "error",
+    reporter: Reporter = SILENT,
 ) -> Path:
-    """Write the checkpoint that results from applying a delta to its base.
+    """Write the checkpoint that results from applying one or several deltas to their base.
 
-    The base is checked against the delta's fingerprint, every tensor, while it is copied.
+    The base is checked against the deltas' fingerprint, every tensor, while it is copied.
 
     Args:
-        base: the checkpoint that the delta was made from: folder, hub id or `tiny-moe`.
-        delta: the delta's folder.
+        base: the checkpoint that the deltas were made from: folder, hub id or `tiny-moe`.
+        delta: a delta's folder, or several.
         out: a new folder; it appears complete or not at all.
+        on_conflict: what to do where deltas change the same expert: `error`; `last`, the last
+            delta wins; `mean`, the average of their values.
         reporter: told of progress.
 
     Returns:
         `out`.
 
     Raises:
-        CheckError: the delta was made from another base; the message names a tensor.
-        DeltaError: the delta is damaged.
+        CheckError: a delta was made from another base; the message names a tensor.
+        DeltaError: a delta is damaged, or deltas conflict.
         OutputError: `out` exists, or the disk is full.
     """
     source, out = resolve(base), Path(out)
     refuse_existing(out)
-    opened = read_delta(Path(delta))
+    opened = _read(delta)
     checkpoint = open_checkpoint(source)
-    opened.check_base(checkpoint, hashes=False)
-    with opened.plain(checkpoint) as plain, new_folder(out) as folder:
-        _copy_other_files(source, folder)
-        if opened.is_adapter:
-            _merge_adapter(source, opened, folder)
+    for one in opened:
+        one.check_base(checkpoint, hashes=False)
+    with _plain(opened, checkpoint) as plain, new_folder(out) as folder:
+        copy_other_files(source, folder)
+        if opened[0].is_adapter:
+            _merge_adapter(source, opened[0], folder)
+            changed = 0
         else:
-            size = sum(entry.end - entry.start for entry in checkpoint.entries.values())
-            with reporter.task("merge", size, "byte") as task:
-                for file in checkpoint.files:
-                    for written in _merge_file(checkpoint, file, plain, folder / file.name):
-                        task.advance(written)
-        write_text(folder / "README.md", _card(base, opened))
+            changes = patches(plain, checkpoint.entries, on_conflict)
+            _write_merged(checkpoint, opened, changes, folder, reporter)
+            changed = len(changes)
+        write_text(folder / "README.md", _card(base, opened, changed))
     return out
 
 
-def verify(base: str | Path, delta: str | Path, merged: str | Path | None = None) -> Verification:
-    """Check that a delta is whole and fits a base, and that a merged checkpoint is their merge.
+def verify(
+    base: str | Path,
+    delta: Deltas,
+    merged: str | Path | None = None,
+    *,
+    on_conflict: str = "error",
+) -> Verification:
+    """Check that deltas are whole and fit a base, and that a merged checkpoint is their merge.
 
     Every tensor is compared byte by byte.
 
+    Args:
+        base: see `merge`; `delta` and `on_conflict` likewise.
+        merged: the merged checkpoint, or None to check base and deltas alone.
+
     Raises:
         CheckError: the base is another one, or the merged checkpoint differs; names a tensor.
-        DeltaError: the delta is damaged, or is an adapter and `merged` was given.
+        DeltaError: a delta is damaged, or is an adapter and `merged` was given.
     """
-    opened = read_delta(Path(delta))
+    opened = _read(delta)
     checkpoint = open_checkpoint(resolve(base))
-    opened.check_base(checkpoint)
-    counted = Verification(len(checkpoint.entries), len(opened.entries))
+    for one in opened:
+        one.check_base(checkpoint)
+    changed = len({name for one in opened for name in one.entries})
     if merged is None:
-        return counted
-    if opened.is_adapter:
-        raise DeltaError(f"{delta}: an adapter's merge is computed, not copied; cannot compare it")
+        return Verification(len(checkpoint.entries), changed)
+    if opened[0].is_adapter:
+        raise DeltaError(
+            f"{opened[0].folder}: an adapter's merge is computed, not copied; cannot compare it"
+        )
     result = open_checkpoint(Path(merged))
     check_layout(checkpoint, result)
-    with opened.plain(checkpoint) as plain:
+    with _plain(opened, checkpoint) as plain:
+        changes = patches(plain, checkpoint.entries, on_conflict)
         for name, entry in checkpoint.entries.items():
             wanted = sha256()
-            for block in _merged_blocks(entry, plain, name):
+            for block in patched_blocks(entry, changes.get(name, [])):
                 wanted.update(block)
             if wanted.hexdigest() != hash_tensor(result.entries[name]):
                 raise CheckError(f"{merged}: tensor {name} is not what base and delta give")
-    return Verification(counted.tensors, counted.changed, len(result.entries))
+    return Verification(len(checkpoint.entries), changed, len(result.entries))
 
 
 def check_layout(base: Checkpoint, merged: Checkpoint) -> None:
@@ -122,47 +148,80 @@ def check_layout(base: Checkpoint, merged: Checkpoint) -> None:
             )
 
 
-def _merge_file(checkpoint: Checkpoint, file: Path, delta: Delta, out: Path) -> Iterator[int]:
-    """Copy one shard, replacing changed bytes and checking the base's; yield bytes of tensors."""
-    size = file.stat().st_size
-    with explain_write_errors(out, needed=size), open(out, "wb") as target:
-        tensors = checkpoint.in_file(file)
-        with open(file, "rb") as source:
-            target.write(source.read(tensors[0][1].start if tensors else size))
-        for name, entry in tensors:
-            digest = sha256()
-            for block in read_blocks(entry):
-                digest.update(block)
-                if name not in delta.entries:
-                    target.write(block)
-            delta.check_hash(checkpoint.folder, name, digest.hexdigest())
-            if name in delta.entries:
-                for block in _merged_blocks(entry, delta, name):
-                    target.write(block)
-            yield entry.end - entry.start
+def write_patches(folder: Path, checkpoint: Checkpoint, changes: dict[str, list[Patch]]) -> None:
+    """Replace bytes in a copy of a checkpoint's files.
+
+    Args:
+        folder: has the copied files.
+        checkpoint: what they are copies of.
+        changes: by tensor.
+
+    Raises:
+        OutputError: the disk is at fault.
+    """
+    for file in checkpoint.files:
+        tensors = [item for item in checkpoint.in_file(file) if item[0] in changes]
+        if not tensors:
+            continue
+        copy = folder / file.name
+        with explain_write_errors(copy), open(copy, "r+b") as target:
+            for name, entry in tensors:
+                for patch in changes[name]:
+                    target.seek(entry.start + patch.start)
+                    for block in patch.blocks():
+                        target.write(block)
 
 
-def _merged_blocks(entry: Entry, delta: Delta, name: str) -> Iterator[bytes]:
-    """Yield the bytes that a base tensor has after the merge."""
-    change = delta.entries.get(name)
-    rows = delta.rows.get(name)
-    if change is None:
-        yield from read_blocks(entry)
-    elif rows is None:
-        yield from read_blocks(change)
-    else:
-        row_size = (entry.end - entry.start) // entry.shape[0]
-        for row in range(entry.shape[0]):
-            source, place = (change, rows.index(row)) if row in rows else (entry, row)
-            yield from read_blocks(source, place * row_size, (place + 1) * row_size)
+def _read(delta: Deltas) -> list[Delta]:
+    """Open one or several deltas of one base."""
+    several = [delta] if isinstance(delta, str | Path) else list(delta)
+    if not several:
+        raise DeltaError("no delta to merge")
+    opened = [read_delta(Path(folder)) for folder in several]
+    if len(opened) > 1:
+        for one in opened:
+            if one.is_adapter:
+                raise DeltaError(
+                    f"{one.folder}: a LoRA adapter cannot be merged together with other deltas"
+                )
+    return opened
 
 
-def _copy_other_files(source: Path, folder: Path) -> None:
-    """Copy configuration and tokenizer; no weights, above all no pickled ones."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in _WEIGHTS_SUFFIXES:
-            with explain_write_errors(folder / path.name, needed=path.stat().st_size):
-                shutil.copyfile(path, folder / path.name)
+@contextmanager
+def _plain(deltas: Sequence[Delta], base: Checkpoint) -> Iterator[list[Delta]]:
+    """Yield deltas with uncoded values."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(delta.plain(base)) for delta in deltas]
+
+
+def _write_merged(
+    checkpoint: Checkpoint,
+    deltas: Sequence[Delta],
+    changes: dict[str, list[Patch]],
+    folder: Path,
+    reporter: Reporter,
+) -> None:
+    """Copy the base's shards and replace what changed, while other threads hash the base."""
+    size = sum(file.stat().st_size for file in checkpoint.files)
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        reporter.task("merge", size, "byte") as task,
+    ):
+        hashes: dict[str, Future[str]] = {
+            name: pool.submit(hash_tensor, entry)
+            for file in checkpoint.files
+            for name, entry in checkpoint.in_file(file)
+        }
+        try:
+            for file in checkpoint.files:
+                copy_file(file, folder / file.name, task.advance)
+            write_patches(folder, checkpoint, changes)
+            for name, digest in hashes.items():
+                for delta in deltas:
+                    delta.check_hash(checkpoint.folder, name, digest.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _merge_adapter(source: Path, delta: Delta, folder: Path) -> None:
@@ -172,11 +231,14 @@ def _merge_adapter(source: Path, delta: Delta, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def _card(base: str | Path, delta: Delta) -> str:
+def _card(base: str | Path, deltas: Sequence[Delta], changed: int) -> str:
+    name = deltas[0].manifest["base"].get("name", base)
+    many = len(deltas) > 1
+    methods = ", ".join(f"`{method}`" for method in dict.fromkeys(one.method for one in deltas))
     return (
-        f"# {delta.manifest['base'].get('name', base)}, specialised\n\n"
-        f"A merge by [esft](https://arxiv.org/abs/2407.01906) of the base "
-        f"`{delta.manifest['base'].get('name', base)}` and a delta trained by the method "
-        f"`{delta.method}`. Of {len(delta.base)} tensors {len(delta.entries)} differ from the "
-        f"base.\n\nThis is an ordinary checkpoint: load it with transformers; esft is not needed.\n"
+        f"# {name}, specialised\n\n"
+        f"A merge by [esft](https://arxiv.org/abs/2407.01906) of the base `{name}` and "
+        f"{f'{len(deltas)} deltas' if many else 'a delta'} trained by the method {methods}. "
+        f"Of {len(deltas[0].base)} tensors {changed} differ from the base.\n\n"
+        f"This is an ordinary checkpoint: load it with transformers; esft is not needed.\n"
     )

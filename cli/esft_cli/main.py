@@ -21,6 +21,7 @@ from esft_cli.profile import profile
 from esft_cli.scores import app as scores_app
 from esft_cli.select import select
 from esft_cli.train import train
+from esft_cli.unmerge import unmerge
 from esft_cli.verify import verify
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command("select")(select)
 app.command("train")(train)
 app.command("merge")(merge)
 app.command("verify")(verify)
+app.command("unmerge")(unmerge)
 app.command("export")(export)
 app.command("import")(import_)
 app.command("eval")(evaluate)

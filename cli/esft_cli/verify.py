@@ -1,4 +1,4 @@
-"""`esft verify BASE DELTA [--merged DIR]`."""
+"""`esft verify BASE DELTA... [--merged DIR]`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Annotated
 import typer
 
 from esft_cli import output
-from esft_cli.merge import Base, DeltaFolder
+from esft_cli.merge import Base, DeltaFolders, OnConflict
 
 
 def verify(
     base: Base,
-    delta: DeltaFolder,
+    deltas: DeltaFolders,
     merged: Annotated[
         Path | None, typer.Option(help="Also compare this merged checkpoint.", metavar="DIR")
     ] = None,
+    on_conflict: OnConflict = "error",
     json: output.Json = False,
 ) -> None:
-    """Check that a delta is whole and fits its base, and that a merge is exactly the two.
+    """Check that deltas are whole and fit their base, and that a merge is exactly these.
 
     Every tensor is read and compared. A difference is named and ends with exit code 3.
     """
     import esft
 
-    found = esft.verify(base, delta, merged)
+    found = esft.verify(base, deltas, merged, on_conflict=on_conflict)
     if json:
         output.print_json({"ok": True, **vars(found)})
         return

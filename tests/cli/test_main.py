@@ -30,8 +30,9 @@ OPTIONS = {
     "--group --layers --random --json",
     "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "
     "--resume --device --json",
-    "merge": "base delta --out --json",
-    "verify": "base delta --merged --json",
+    "merge": "base deltas --out --on-conflict --json",
+    "verify": "base deltas --merged --on-conflict --json",
+    "unmerge": "merged delta --out --base --json",
     "export": "delta --out --base --compress --official --json",
     "import": "adapter --base --out --config --json",
     "eval": "model --data --delta --max-rows --batch-tokens --device --dtype --json",
