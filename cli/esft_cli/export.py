@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from esft_cli import output
-from esft_cli.merge import DeltaFolder
 
 
 def export(
-    delta: DeltaFolder,
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A delta's folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write; new.", metavar="DIR")],
     base: Annotated[
         str | None,

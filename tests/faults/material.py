@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from esft.changes import Changed
-from esft.delta import write_delta
+from esft.delta import Delta, read_delta, write_delta
 from esft.errors import EsftError
 from esft.exporting import export
 from esft.fingerprint import fingerprint, tokenizer_digest
 from esft.merging import merge
-from esft.shards import open_checkpoint
+from esft.shards import Checkpoint, open_checkpoint, read_blocks
 from tests.deltas import CONFIG
 
 EXPERTS = 4
@@ -96,6 +96,7 @@ class Material:
         sharded: the same in several files.
         coded: the same, compressed.
         merged: the right result.
+        values: the delta's tensors, as bytes; `rows` the rows that they are.
     """
 
     def __init__(self, root: Path) -> None:
@@ -105,6 +106,15 @@ class Material:
         self.coded = root / "coded"
         export(self.plain, self.coded, base=self.base, compress=True)
         self.merged = merge(self.base, self.plain, root / "merged")
+        delta = read_delta(self.plain)
+        self.values = values(delta, open_checkpoint(self.base))
+        self.rows = delta.rows
+
+
+def values(delta: Delta, base: Checkpoint) -> dict[str, bytes]:
+    """Read, and decode where needed, all tensors of a delta."""
+    with delta.plain(base) as plain:
+        return {name: b"".join(read_blocks(entry)) for name, entry in plain.entries.items()}
 
 
 def copy(folder: Path, to: Path) -> Path:
