@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 import esft.models  # noqa: F401  makes them known to the auto classes
 from esft.errors import ModelError, nearest
@@ -24,6 +33,23 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokeniz
 # The same weights once more, in the layout of their maker's own code.
 _HUB_COPIES = ["*/*.safetensors", "consolidated*.safetensors"]
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "merges.txt", "tekken.json", "*.tiktoken")
+
+
+_trusted = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusting_remote_code() -> Iterator[None]:
+    """Let checkpoints that are loaded inside the block run code of their own (`auto_map`).
+
+    Such code can do whatever the user can. Without this, a checkpoint that needs it is refused,
+    and one that transformers has a class for is loaded by that class.
+    """
+    token = _trusted.set(True)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
 
 
 def resolve(model: str | Path) -> Path:
@@ -64,7 +90,11 @@ def _download(hub_id: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
+            snapshot_download(
+                hub_id,
+                allow_patterns=[*_HUB_FILES, *(["*.py"] if _trusted.get() else [])],
+                ignore_patterns=_HUB_COPIES,
+            )
         )
     except GatedRepoError as error:
         raise ModelError(
@@ -124,7 +154,10 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 def load_model(
     model: str | Path, *, device: str | None = None, dtype: str = "auto"
 ) -> PreTrainedModel:
-    """Load a causal language model for inference: evaluation mode, no gradients wanted.
+    """Load a language model for inference: evaluation mode, no gradients wanted.
+
+    Where a family has no causal language model by itself, the one that reads images too is loaded;
+    text alone is given to it.
 
     Args:
         model: see `resolve`.
@@ -139,6 +172,12 @@ def load_model(
     place = pick_device(device)
     chosen = pick_dtype(dtype, place)
     config = load_config(folder)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{folder}: {config.model_type} is an encoder-decoder; esft's commands profile, train "
+            f"and score models that read a text and go on with it. inspect, merge and verify work, "
+            f"and so do esft.attach and esft.profiling.profile_batches on a model in memory"
+        )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder}: holds a PEFT adapter (adapter_config.json), which transformers would mix "
@@ -146,13 +185,13 @@ def load_model(
         )
     loaded, info = _guarded(
         folder,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=chosen,
             device_map=None if place.type == "cpu" else {"": place},
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=_trusted.get(),
             output_loading_info=True,
         ),
     )
@@ -175,8 +214,17 @@ def load_skeleton(model: str | Path) -> PreTrainedModel:
     config = load_config(folder)
     with torch.device("meta"):
         return _guarded(
-            folder, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            folder, lambda: auto_class(config).from_config(config, trust_remote_code=_trusted.get())
         )
+
+
+def auto_class(config: Any) -> Any:
+    """Return the auto class that a checkpoint is loaded by."""
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM):
+        own_code = _trusted.get() and kind.__name__ in (getattr(config, "auto_map", None) or {})
+        if own_code or type(config) in kind._model_mapping:
+            return kind
+    return AutoModelForCausalLM  # it says best what is wrong
 
 
 def load_config(folder: Path) -> Any:
@@ -185,7 +233,9 @@ def load_config(folder: Path) -> Any:
     Raises:
         ModelError: it is damaged, of an unknown family, or wants to run code of its own.
     """
-    return _guarded(folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    return _guarded(
+        folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=_trusted.get())
+    )
 
 
 def refuse_quantised(folder: Path) -> None:
@@ -214,7 +264,9 @@ def load_tokenizer(model: str | Path) -> Any:
     if not any(next(folder.glob(name), None) for name in _VOCABULARIES):
         raise ModelError(f"{folder}: no tokenizer in this folder (such as a tokenizer.json)")
     return _guarded(
-        folder, lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), "tokenizer"
+        folder,
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusted.get()),
+        "tokenizer",
     )
 
 
@@ -227,7 +279,10 @@ def _guarded(folder: Path, load: Callable[[], Any], what: str = "checkpoint") ->
             raise ModelError(f"{damaged}: this weights file is damaged: {error}") from error
         reason = _reason(error)
         if "trust_remote_code" in str(error):
-            reason = "it needs code of its own (auto_map), and esft runs none but transformers'"
+            reason = (
+                "it needs code of its own (auto_map), and esft runs none but transformers'; read "
+                "that code, and if you trust it, give --trust-remote-code"
+            )
         elif "above report" in reason:
             reason = (
                 "its tensors are not those that its config.json asks for (some are missing, or of "

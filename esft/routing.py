@@ -115,7 +115,12 @@ class RoutingSums:
                     f"{layer.name}: {int(counts[E]):,} of {chosen:,} choices of its router are "
                     f"none of its {E} experts; this family cannot be profiled"
                 )
-            if not chosen or chosen % (tokens * K):
+            if counts[E] == chosen:
+                raise ModelError(
+                    f"{layer.name}: its router chose none of its experts for any of {tokens:,} "
+                    f"tokens; take a larger sample"
+                )
+            if chosen % (tokens * K):
                 raise ModelError(
                     f"{layer.name}: its router chose {chosen:,} experts for {tokens:,} "
                     f"tokens, not {K} each; this family cannot be profiled"

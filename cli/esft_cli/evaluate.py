@@ -27,6 +27,7 @@ def evaluate(
     ] = 4096,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
+    trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
     """Score a model on a test set: exact match, loss, perplexity.

@@ -28,6 +28,7 @@ def generate(
     ] = False,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
+    trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
     """Print a model's answer to a prompt."""

@@ -7,7 +7,11 @@ from typing import Any
 from esft_cli import output
 
 
-def inspect(model: output.Model, json: output.Json = False) -> None:
+def inspect(
+    model: output.Model,
+    trust_remote_code: output.TrustRemoteCode = False,
+    json: output.Json = False,
+) -> None:
     """Show a model's MoE anatomy: layers, experts, top-k, shared experts, sizes.
 
     Reads the configuration only, so it is quick for a checkpoint of any size.

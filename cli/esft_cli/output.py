@@ -32,6 +32,24 @@ Dtype = Annotated[
 ]
 
 
+def _trust(context: typer.Context, value: bool) -> bool:
+    if value:
+        from esft.loading import trusting_remote_code
+
+        context.with_resource(trusting_remote_code())
+    return value
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        callback=_trust,  # for the rest of the command; its function need not look
+        help="Run the code that a checkpoint brings (auto_map); it can do whatever you can.",
+    ),
+]
+
+
 def reporter() -> Reporter:
     """Return what shows progress and notes on stderr."""
     return ConsoleReporter()

@@ -48,6 +48,7 @@ def profile(
     ] = False,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
+    trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
     """Score how much a task uses each expert of a model.

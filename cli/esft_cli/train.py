@@ -51,6 +51,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")
     ] = False,
     device: output.Device = None,
+    trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
     """Train only the experts that a task uses, and save only what changed.

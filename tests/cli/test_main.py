@@ -23,21 +23,22 @@ from tests.command import ROOT, esft, esft_json, esft_process, python_process
 # Every argument and option of every command. A new one belongs here, in docs/, and in CHANGELOG.md.
 OPTIONS = {
     "demo": "--out --task --steps --json",
-    "inspect": "model --json",
+    "inspect": "model --trust-remote-code --json",
     "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --device "
-    "--dtype --json",
+    "--dtype --trust-remote-code --json",
     "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
     "--group --layers --random --json",
     "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "
-    "--resume --device --json",
+    "--resume --device --trust-remote-code --json",
     "merge": "base deltas --out --on-conflict --json",
     "verify": "base deltas --merged --on-conflict --json",
     "unmerge": "merged delta --out --base --json",
     "export": "delta --out --base --compress --official --json",
     "import": "adapter --base --out --config --json",
-    "eval": "model --data --delta --max-rows --batch-tokens --device --dtype --json",
+    "eval": "model --data --delta --max-rows --batch-tokens --device --dtype --trust-remote-code "
+    "--json",
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
-    "--dtype --json",
+    "--dtype --trust-remote-code --json",
     "scores import": "path --out --top-k --experts --json",
     "scores diff": "a b --metric --p --json",
     "scores overlap": "files --metric --p --plot --json",
