@@ -26,6 +26,7 @@ _HOME = {
     "import_official": "esft.official",
     "inspect": "esft.moe",
     "load_delta": "esft.switching",
+    "mask": "esft.masking",
     "merge": "esft.merging",
     "profile": "esft.profiling",
     "select": "esft.selection",
@@ -49,6 +50,7 @@ __all__ = [
     "import_official",
     "inspect",
     "load_delta",
+    "mask",
     "merge",
     "profile",
     "select",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from esft.experts import attach, detach
     from esft.exporting import export
     from esft.generation import generate
+    from esft.masking import mask
     from esft.merging import merge, verify
     from esft.moe import inspect
     from esft.official import import_official

@@ -15,6 +15,7 @@ from esft_cli.export import export
 from esft_cli.generate import generate
 from esft_cli.import_ import import_
 from esft_cli.inspect import inspect
+from esft_cli.mask import mask
 from esft_cli.memory import keep_freed_memory
 from esft_cli.merge import merge
 from esft_cli.profile import profile
@@ -44,6 +45,7 @@ app.command("export")(export)
 app.command("import")(import_)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("mask")(mask)
 app.add_typer(scores_app, name="scores")
 
 

@@ -39,6 +39,8 @@ OPTIONS = {
     "--json",
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
     "--dtype --trust-remote-code --json",
+    "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
+    "--device --dtype --json",
     "scores import": "path --out --top-k --experts --json",
     "scores diff": "a b --metric --p --json",
     "scores overlap": "files --metric --p --plot --json",
