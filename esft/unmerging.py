@@ -54,7 +54,7 @@ def unmerge(
     if base is None and opened.coding is None:
         raise DeltaError(
             f"{delta}: holds the final values only, not what they replaced; give --base BASE, or "
-            f"the delta as `esft compress` wrote it"
+            f"the delta as `esft export --compress` wrote it"
         )
     checkpoint = open_checkpoint(folder)
     originals = None if base is None else open_checkpoint(resolve(base))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esft.errors import CheckError, DeltaError, OutputError
+from esft.exporting import export
 from esft.merging import merge, verify
 from esft.shards import open_checkpoint
 from esft.unmerging import unmerge
@@ -108,6 +109,17 @@ def test_unmerging_gives_the_base_back(made, tmp_path):
         assert (merged / file.name).read_bytes() != file.read_bytes() or "-of-" in file.name
     assert (back / "config.json").read_bytes() == (made["base"] / "config.json").read_bytes()
     assert not (back / "README.md").exists()  # the merge's card
+
+
+def test_a_compressed_delta_holds_what_unmerging_needs(made, tmp_path):
+    merged = merge(made["base"], made["law"], tmp_path / "merged")
+    export(made["law"], tmp_path / "law", base=made["base"], compress=True)
+    back = unmerge(merged, tmp_path / "law", tmp_path / "back")
+    for file in open_checkpoint(made["base"]).files:
+        assert (back / file.name).read_bytes() == file.read_bytes()
+    other = merge(made["base"], made["sql"], tmp_path / "other")
+    with pytest.raises(CheckError, match="what was put back is not the base's"):
+        unmerge(other, tmp_path / "law", tmp_path / "out")
 
 
 def test_what_cannot_be_unmerged_is_refused_with_the_reason(made, tmp_path):
