@@ -45,6 +45,7 @@ def mask(
     ] = 4096,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
+    trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
     """Switch off a task's best experts, then random ones, and show what each costs.
