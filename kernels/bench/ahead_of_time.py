@@ -1,41 +1,70 @@
 """Compile every kernel that a layer launches for a GPU that is not there, and look at the result.
 
-    python ahead_of_time.py sm_80 sm_90
+    PYTHONPATH=kernels python kernels/bench/ahead_of_time.py sm_90
 
-prints a JSON line for each kernel. What is compiled is what `moe_mlp` launches: a layer runs on
-meta tensors, its launches are caught with their arguments, and each goes to Triton's compiler with
-the types and alignments that a launch would infer. Needs no GPU, driver or CUDA toolkit, but a
-process without TRITON_INTERPRET.
+prints a JSON line that names the package's kernels, then one for each compiled. What is compiled is
+what `moe_mlp` launches: a layer runs on meta tensors, its launches are caught with their arguments,
+and each goes to Triton's compiler with the types and alignments that a launch would infer. Needs
+no GPU, driver or CUDA toolkit, but a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import itertools
 import json
+import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import esft_kernels
 import torch
 import triton
 from esft_kernels import ExpertBank, Projection, SwiGLU, config, tiled
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a block may use."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
 COMPUTE = {2: torch.bfloat16, 4: torch.float32}
 EXPERTS, SELECTED, TOP_K = 64, 6, 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides which kernels a layer launches.
+
+    Attributes:
+        activation: of the experts.
+        transposed: whether weights are stored `[in, out]`.
+        bias: whether both projections have biases, which train too.
+    """
+
+    activation: Callable[[Tensor], Tensor]
+    transposed: bool = False
+    bias: bool = False
+
+
+LAYOUTS = {
+    "plain": Layout(SwiGLU()),
+    "interleaved": Layout(SwiGLU(interleaved=True)),
+    "generic": Layout(lambda z: z[..., ::2].tanh() * z[..., 1::2], transposed=True, bias=True),
+}
 
 
 @dataclass(frozen=True)
@@ -50,50 +79,60 @@ class Launch:
     options: tuple[tuple[str, int], ...]
 
 
-def launches(arch: str, entry: dict[str, Any], plain: bool) -> list[Launch]:
-    """Return what a layer launches, forward and backward, with an entry of the table.
+def kernels() -> list[str]:
+    """Return the names of the package's kernels: what is jitted and no other kernel calls."""
+    found: dict[str, str] = {}
+    for module in pkgutil.walk_packages(esft_kernels.__path__, "esft_kernels."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, JITFunction):
+                found[value.fn.__name__] = value.src
+    helpers = {
+        name
+        for name in found
+        for caller, source in found.items()
+        if caller != name and re.search(rf"\b{name}\(", source)
+    }
+    return sorted(found.keys() - helpers)
 
-    Args:
-        arch: of the table.
-        entry: one of its entries.
-        plain: SwiGLU without biases; otherwise another activation, biases, transposed.
-    """
+
+def launches(entry: dict[str, Any], layout: Layout) -> list[Launch]:
+    """Return what a layer launches, forward and backward, with an entry of a table."""
     found: dict[Launch, None] = {}
 
     def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         found[_launch(self, args, kwargs)] = None
 
+    chosen = config.Config(entry["block_m"], {name: entry[name] for name in config.KERNELS})
     run, JITFunction.run = JITFunction.run, catch
-    look, tiled.layer_config = (
-        tiled.layer_config,
-        lambda *_: config.nearest(arch, entry["itemsize"], entry["H"], entry["I"], entry["rows"]),
-    )
+    look, tiled.layer_config = tiled.layer_config, lambda *_: chosen
     try:
-        _layer(entry["H"], entry["I"], entry["rows"], COMPUTE[entry["itemsize"]], plain)
+        _layer(entry["H"], entry["I"], entry["rows"], COMPUTE[entry["itemsize"]], layout)
     finally:
         JITFunction.run, tiled.layer_config = run, look
     return list(found)
 
 
-def _layer(hidden: int, inner: int, rows: int, dtype: torch.dtype, plain: bool) -> None:
+def _layer(hidden: int, inner: int, rows: int, dtype: torch.dtype, layout: Layout) -> None:
     """Run a layer forward and backward on tensors without memory."""
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def projection(columns: int, width: int) -> Projection:
-        shape = (columns, width) if plain else (width, columns)
-        sizes = (SELECTED, EXPERTS - SELECTED)
-        banks = [empty(n, *shape) for n in sizes]
-        banks[0] = banks[0].float().requires_grad_()
-        biases = [None, None] if plain else [empty(n, columns) for n in sizes]
-        return Projection(banks[0], banks[1], not plain, *biases)
+    def projection(out: int, width: int) -> Projection:
+        shape = (width, out) if layout.transposed else (out, width)
+        biases = [empty(SELECTED, out), empty(EXPERTS - SELECTED, out)] if layout.bias else []
+        return Projection(
+            empty(SELECTED, *shape, dtype=torch.float32).requires_grad_(),
+            empty(EXPERTS - SELECTED, *shape),
+            layout.transposed,
+            *(bias.requires_grad_(i == 0) for i, bias in enumerate(biases)),
+        )
 
     bank = ExpertBank(
         projection(2 * inner, hidden),
         projection(hidden, inner),
         empty(EXPERTS, dtype=torch.int64),
-        SwiGLU() if plain else lambda z: z[..., ::2].tanh() * z[..., 1::2],
+        layout.activation,
     )
     tokens = rows * EXPERTS // TOP_K
     x = empty(tokens, hidden).requires_grad_()
@@ -112,7 +151,7 @@ def _launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         value = given[name]
         if name in constants:
             types[name] = "constexpr"
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, Tensor):
             types[name] = POINTERS[value.dtype]
             aligned.append(name)  # as every allocation of PyTorch's
         else:
@@ -134,8 +173,10 @@ def compiled(launch: Launch, arch: str) -> dict[str, Any]:
     """Compile a launch and count what matters in the machine code.
 
     Returns:
-        registers; stack (bytes a thread); shared (bytes a block); tensor_core, wgmma and spill
-        (instructions: HMMA or HGMMA, HGMMA, LDL or STL).
+        product (whether there is a matrix product in it); registers; stack (bytes a thread);
+        shared (bytes a block); and numbers of instructions: tensor_core (HMMA or HGMMA), wgmma
+        (HGMMA), spill (LDL or STL), and copies to shared memory past the registers (LDGSTS):
+        wide_copies (of 16 bytes) and narrow_copies.
     """
     order = launch.kernel.arg_names
     source = ASTSource(
@@ -150,16 +191,29 @@ def compiled(launch: Launch, arch: str) -> dict[str, Any]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _output("cuobjdump", "-res-usage", file.name)
-        code = _output("nvdisasm", "-c", file.name)
+        code = _output("nvdisasm", "-c", "-ndf", file.name)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    wide = count(r"\bLDGSTS\S*\.128")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
+        "product": "tt.dot" in kernel.asm["ttir"],
         "registers": int(registers),
         "stack": int(stack),
         "shared": kernel.metadata.shared,
-        "tensor_core": len(re.findall(r"\bHG?MMA", code)),
-        "wgmma": len(re.findall(r"\bHGMMA", code)),
-        "spill": len(re.findall(r"\b(LDL|STL)", code)),
+        "tensor_core": count(r"\bHG?MMA"),
+        "wgmma": count(r"\bHGMMA"),
+        "spill": count(r"\b(LDL|STL)"),
+        "wide_copies": wide,
+        "narrow_copies": count(r"\bLDGSTS") - wide,
     }
+
+
+def fits(line: dict[str, Any]) -> bool:
+    """Say whether a kernel neither spills nor needs more shared memory than there is."""
+    return not line["stack"] and not line["spill"] and line["shared"] <= SHARED[line["arch"]]
 
 
 def _output(tool: str, *args: str) -> str:
@@ -167,24 +221,40 @@ def _output(tool: str, *args: str) -> str:
     return ran.stdout + ran.stderr
 
 
+def jobs(entries: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield entries with layouts: each entry plain, the other layouts once, with large tiles."""
+    largest = max(entries, key=lambda entry: (-entry["itemsize"], entry["block_m"]))
+    for entry in entries:
+        yield from ((entry, name) for name in (LAYOUTS if entry is largest else ["plain"]))
+
+
 def main() -> None:
-    """Compile for the architectures that are named."""
-    for arch in sys.argv[1:]:
-        done: set[Launch] = set()
-        for entry in config.table(arch):
-            for plain in (True, False):
-                for launch in launches(arch, entry, plain):
-                    if launch in done:
-                        continue
-                    done.add(launch)
-                    line = {
-                        "arch": arch,
-                        "kernel": launch.name,
-                        "itemsize": entry["itemsize"],
-                        "constants": dict(launch.constants),
-                        "options": dict(launch.options),
-                    }
-                    print(json.dumps(line | compiled(launch, arch)), flush=True)
+    """Compile for an architecture and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arch", choices=config.ARCHITECTURES)
+    parser.add_argument("--entries", type=Path, help="another table like configs/*.json")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="of each entry")
+    args = parser.parse_args()
+    print(json.dumps({"triton": triton.__version__, "kernels": kernels()}), flush=True)
+    entries = config.table(args.arch)
+    if args.entries:
+        entries = json.loads(args.entries.read_text(encoding="utf-8"))["entries"]
+    work = itertools.product(entries, args.layouts) if args.layouts else jobs(entries)
+    done: set[Launch] = set()
+    for entry, layout in work:
+        for launch in launches(entry, LAYOUTS[layout]):
+            if launch in done:
+                continue
+            done.add(launch)
+            line = {
+                "arch": args.arch,
+                "kernel": launch.name,
+                "layout": layout,
+                **{key: entry[key] for key in ("H", "I", "rows", "itemsize")},
+                "constants": dict(launch.constants),
+                "options": dict(launch.options),
+            }
+            print(json.dumps(line | compiled(launch, args.arch)), flush=True)
 
 
 if __name__ == "__main__":
