@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from esft_kernels.bank import ExpertBank, Matrices, Projection
+from esft_kernels.checks import check_inner
 from esft_kernels.grouped_mm import grouped_linear, grouped_outer
 from esft_kernels.segments import Segment, cut
 
@@ -67,13 +68,13 @@ class _MoeMlp(torch.autograd.Function):
         down_bias: Tensor | None,
         bank: ExpertBank,
     ) -> Tensor:
-        segments = cut(topk_index, bank.slot, bank.num_selected)
+        segments = cut(topk_index, bank)
         ups, downs = bank.up.matrices(), bank.down.matrices()
         zs, ys = [], []
         for trainable, segment in ((True, segments.selected), (False, segments.frozen)):
             rows = x.index_select(0, segment.token)
             z = _Linear(ups, bank.up, trainable).forward(rows, segment.offsets)
-            a = bank.activation(z)
+            a = check_inner(bank.activation(z), z, bank)
             ys.append(_Linear(downs, bank.down, trainable).forward(a, segment.offsets))
             zs.append(z)
         ctx.bank, ctx.segments = bank, segments
