@@ -34,8 +34,12 @@ class Changed:
     rows: tuple[int, ...] | None = None
 
 
-def expert_changes(model: PreTrainedModel) -> list[Changed]:
+def expert_changes(model: PreTrainedModel, base: Fingerprint | None = None) -> list[Changed]:
     """Collect the trained experts of a model that has a selection attached, in their own dtype.
+
+    Args:
+        model: the model.
+        base: of the checkpoint that it was loaded from, see `esft.names.layer_parts`.
 
     Raises:
         ModelError: no selection is attached, or the checkpoint's layout cannot be addressed.
@@ -45,7 +49,7 @@ def expert_changes(model: PreTrainedModel) -> list[Changed]:
         selected = attached.banks.selected
         if not selected:
             continue
-        for name, found in layer_parts(model, attached.layer).items():
+        for name, found in layer_parts(model, attached.layer, base).items():
             values = attached.banks.trained(name).detach()
             for part in found:
                 pieces = [part.read(value) for value in values]

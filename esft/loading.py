@@ -220,6 +220,12 @@ def load_skeleton(model: str | Path) -> PreTrainedModel:
 
 def auto_class(config: Any) -> Any:
     """Return the auto class that a checkpoint is loaded by."""
+    causal = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    prefix = getattr(causal, "base_model_prefix", None)
+    if prefix == "language_model" and config is not config.get_text_config():
+        # Such a class (Llama 4's) takes its weights from under that name in the files of the
+        # whole model, and does not remember it; the names of what it trained would be wrong.
+        return AutoModelForImageTextToText
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM):
         own_code = _trusted.get() and kind.__name__ in (getattr(config, "auto_map", None) or {})
         if own_code or type(config) in kind._model_mapping:

@@ -9,11 +9,12 @@ which of its numbers each name holds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from esft.errors import ModelError
@@ -33,12 +34,15 @@ class Part:
         numbers: positions in the expert's flattened slice; its shape is that of the tensor on
             disk, or of one expert's share of it where fused.
         each: rows of an expert where the tensor is `[E * each, ...]` instead of `[E, ...]`.
+        may_turn: whether the tensor on disk may be transposed: transformers turns the stacks of
+            some families when it loads them, if their shapes say so (Qwen3-VL-MoE).
     """
 
     names: tuple[str, ...]
     fused: bool
     numbers: Tensor
     each: int | None = None
+    may_turn: bool = False
 
     def name(self, expert: int) -> str:
         """Return the name of the tensor that holds this expert."""
@@ -57,18 +61,32 @@ class Part:
         """Return the share of the expert whose first row is `row` of a fused tensor."""
         return tensor[row] if self.each is None else tensor[row : row + self.each]
 
+    def turned(self, shape: Sequence[int]) -> Part:
+        """Return this part as it is in a tensor on disk in which an expert has this shape."""
+        if not self.may_turn or tuple(shape) == self.numbers.shape:
+            return self
+        return replace(self, numbers=self.numbers.transpose(-2, -1))
+
     def read(self, expert_slice: Tensor) -> Tensor:
         """Cut this part out of an expert's slice `[...]` of the stack."""
         return expert_slice.reshape(-1)[self.numbers.to(expert_slice.device)]
 
     def write(self, expert_slice: Tensor, value: Tensor) -> None:
         """Put this part into an expert's contiguous slice `[...]` of the stack, in place."""
-        places = self.numbers.reshape(-1).to(expert_slice.device)
+        places = self.turned(value.shape).numbers.reshape(-1).to(expert_slice.device)
         expert_slice.view(-1)[places] = value.reshape(-1).to(expert_slice)
 
 
-def layer_parts(model: PreTrainedModel, layer: MoeLayer) -> dict[str, list[Part]]:
+def layer_parts(
+    model: PreTrainedModel, layer: MoeLayer, base: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, list[Part]]:
     """Return how a layer's experts are laid out in the checkpoint that the model came from.
+
+    Args:
+        model: the model.
+        layer: one of its layers.
+        base: the checkpoint's fingerprint; its shapes say which way round the stacks are, where
+            that may differ (`Part.may_turn`). None takes them to be as in the model.
 
     Returns:
         name of a weight, as in `layer.layout.shapes()` -> the tensors on disk that hold it.
@@ -81,7 +99,12 @@ def layer_parts(model: PreTrainedModel, layer: MoeLayer) -> dict[str, list[Part]
         names = layer.layout.tensor_names(weight)
         each = layer.layout.disk_rows()
         if len(names) == 1:
-            found[weight] = parts(model, names[0], shape, each)
+            found[weight] = [
+                part.turned(base[part.names[0]]["shape"][1:])
+                if base is not None and part.names[0] in base
+                else part
+                for part in parts(model, names[0], shape, each)
+            ]
         else:
             found[weight] = [_part_of_modules(model, names, shape[1:])]
     return found
@@ -105,6 +128,9 @@ def parts(
     if each is not None:
         (name,) = _on_disk(model, stack, torch.zeros(1, 1))
         return [Part((name,), True, torch.arange(shape[1:].numel()).view(shape[1:]), each)]
+    if _may_turn(model, stack):
+        (name,) = _on_disk(_Unturned(model, shape), stack, torch.empty(shape, device="meta"))
+        return [Part((name,), True, torch.arange(shape[1:].numel()).view(shape[1:]), may_turn=True)]
     owner = torch.arange(num_experts).view(-1, *[1] * (len(shape) - 1))
     # Two rows and columns are enough to be cut in halves; only names and owners are read.
     owners = _on_disk(model, stack, owner.expand(num_experts, *[2] * (len(shape) - 1)))
@@ -132,6 +158,32 @@ def parts(
     return found
 
 
+class _Unturned:
+    """Stands in for a model whose stack has a certain shape, attached or not, to a conversion."""
+
+    def __init__(self, model: PreTrainedModel, shape: torch.Size) -> None:
+        self._model, self._shape = model, shape
+
+    def get_parameter(self, _name: str) -> Tensor:
+        return torch.empty(self._shape, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _may_turn(model: PreTrainedModel, stack: str) -> bool:
+    """Whether transformers transposes a stack at loading if its shape is not the model's."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return any(
+        getattr(operation, "check_dims", False)
+        and any(pattern in stack for pattern in conversion.target_patterns)
+        for conversion in conversions
+        for operation in getattr(conversion, "operations", None) or []
+    )
+
+
 def _part_of_modules(model: PreTrainedModel, names: Sequence[str], shape: torch.Size) -> Part:
     """Lay out a weight of which each expert has a tensor of its own in the model."""
     on_disk = []
@@ -151,7 +203,7 @@ def disk_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from revert_weight_conversion(model, dict(model.state_dict())).items()
 
 
-def _on_disk(model: PreTrainedModel, stack: str, value: Tensor) -> dict[str, Tensor]:
+def _on_disk(model: PreTrainedModel | _Unturned, stack: str, value: Tensor) -> dict[str, Tensor]:
     converted = revert_weight_conversion(model, {stack: value})
     return {name: tensor.detach() for name, tensor in converted.items()}
 

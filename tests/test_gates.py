@@ -19,6 +19,7 @@ from esft.moe import moe_layers
 from esft.profiling import profile_model
 from tests.families import small
 from tests.models import EXPERTS, INNER, TOP_K, VOCAB, tiny
+from tests.multimodal import wrapper
 from tests.test_layouts import model_of
 
 Gates = dict[int, float]
@@ -255,6 +256,19 @@ SCHEMES: dict[str, tuple[Callable[[], Any], Oracle, float | None]] = {
         gemma4,
         None,
     ),
+    # Inside a model that reads images too.
+    "softmax, top-k, normalised (qwen3_vl_moe)": (
+        lambda: wrapper("qwen3_vl_moe"),
+        softmax_then_topk_normalised,
+        1,
+    ),
+    "groups by two, bias, normalised, times 2.5 (glm4v_moe)": (
+        lambda: biases(wrapper("glm4v_moe")),
+        groups_by_two_normalised,
+        1,
+    ),
+    "top-k, softmax (aria)": (lambda: wrapper("aria"), topk_then_softmax, 1),
+    "top-k, sigmoid (llama4)": (lambda: wrapper("llama4"), topk_then_sigmoid, None),
 }
 
 
@@ -283,7 +297,7 @@ def test_scores_are_the_definition_s(name: str) -> None:
     others = {layer.index: 0 for layer in layers}
     for example in examples:
         with torch.no_grad():
-            model(torch.tensor([example.input_ids]), use_cache=False)
+            model(input_ids=torch.tensor([example.input_ids]), use_cache=False)
         for layer in layers:
             hidden = seen[layer.index].reshape(len(example.input_ids), -1).double()
             for token, x in zip(example.input_ids, hidden, strict=True):
@@ -316,8 +330,8 @@ def test_a_skip_class_counts_as_none_of_the_experts() -> None:
     layers = moe_layers(model)
     seen: dict[int, Tensor] = {}
     for layer in layers:
-        # Or the first layer's router, whose input varies little, skips all tokens.
-        layer.router.balancing_biases.data[-1] = 0.1 if layer.index else -1.0  # type: ignore[union-attr, index]
+        # The routers of the other layers, whose input varies little, would skip all tokens.
+        layer.router.balancing_biases.data[-1] = 0.1 if layer.index == 1 else -1.0  # type: ignore[union-attr, index]
         layer.router.register_forward_hook(  # type: ignore[union-attr]
             lambda _module, _args, output, index=layer.index: seen.__setitem__(index, output[0])
         )

@@ -42,10 +42,10 @@ class ExpertMethod(Method):
 
     def check(self, model: nn.Module, base: Fingerprint) -> None:
         """Look up each selected expert's tensors in the base."""
-        check_changes(expert_changes(model), base)
+        check_changes(expert_changes(model, base), base)
 
     def save(
         self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
         """Write the selected experts' weights."""
-        write_delta(folder, base, expert_changes(model), about)
+        write_delta(folder, base, expert_changes(model, base), about)
