@@ -10,6 +10,7 @@ from esft.layouts.gated_input import GatedInputLayout
 from esft.layouts.interface import InterfaceLayout
 from esft.layouts.layout import Layout
 from esft.layouts.modules import ModulesLayout
+from esft.layouts.projection import ProjectionLayout
 from esft.layouts.stacks import DbrxLayout, JetMoeLayout, LongcatLayout
 
 _LAYOUTS: tuple[type[Layout], ...] = (
@@ -18,6 +19,7 @@ _LAYOUTS: tuple[type[Layout], ...] = (
     DbrxLayout,
     LongcatLayout,
     JetMoeLayout,
+    ProjectionLayout,
     ModulesLayout,
 )
 
