@@ -8,6 +8,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from esft.models.grok1 import Grok1Config, Grok1ForCausalLM, Grok1Model
+from esft.models.moeut import MoeutConfig, MoeutForCausalLM, MoeutModel
 from esft.models.openmoe import OpenMoeConfig, OpenMoeForCausalLM, OpenMoeModel
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "Grok1Config",
     "Grok1ForCausalLM",
     "Grok1Model",
+    "MoeutConfig",
+    "MoeutForCausalLM",
+    "MoeutModel",
     "OpenMoeConfig",
     "OpenMoeForCausalLM",
     "OpenMoeModel",
@@ -24,6 +28,7 @@ __all__ = [
 MODELS = (
     (Grok1Config, Grok1Model, Grok1ForCausalLM),
     (OpenMoeConfig, OpenMoeModel, OpenMoeForCausalLM),
+    (MoeutConfig, MoeutModel, MoeutForCausalLM),
 )
 
 for _config, _model, _language_model in MODELS:

@@ -45,6 +45,10 @@ class MoePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        self.init_own(module)
+
+    def init_own(self, module: nn.Module) -> None:
+        """Give a module its initial values where they are not those that transformers gives."""
         if isinstance(module, (GatedExperts, PlainExperts, *self.routers)):
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, std=self.config.initializer_range)

@@ -5,6 +5,7 @@ All take the routers' logits and which tokens count: padding never does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,7 +72,7 @@ def usage_entropy(logits: Sequence[Tensor], counted_BS: Tensor | None = None) ->
     log_weight_BS = log_weight_BS - log_weight_BS.logsumexp(dim=1, keepdim=True)
     shape = (B, S, *[1] * (log_p_BSUE.dim() - 2))
     log_mean = (log_p_BSUE + log_weight_BS.view(shape)).logsumexp(dim=(1, 2))
-    log_mean = log_mean - torch.tensor(float(U), device=log_mean.device).log()
+    log_mean = log_mean - math.log(U)
     return -(log_mean.exp() * log_mean).sum(dim=-1).mean()
 
 

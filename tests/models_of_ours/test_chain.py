@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from transformers import AutoModelForCausalLM
 import esft
 from esft.data.encode import Example
 from esft.experts import attach, detach
-from esft.moe import moe_layers
+from esft.moe import MoeLayer, moe_layers
 from esft.profiling import profile_model
 from esft.selection import Selection, select
 from tests.checkpoints import VOCAB as BYTES
 from tests.command import esft as command
 from tests.command import esft_process
 from tests.deltas import load, train_delta
-from tests.models_of_ours.tiny_models import EXPERTS, NAMES, VOCAB, tiny
+from tests.models_of_ours.tiny_models import NAMES, VOCAB, tiny
 from tests.toy_tokenizers import byte_tokenizer
 from tests.training_loop import batches, train_steps
 
@@ -38,25 +37,40 @@ def rows(lengths: tuple[int, ...] = (3, 17, 40, 1, 9, 23)) -> list[Example]:
     ]
 
 
-def softmax_gates(logits: Sequence[float], top_k: int) -> dict[int, float]:
+def softmax_gates(logits: list[float], layer: MoeLayer) -> dict[int, float]:
     """Gate values of Grok-1's router: top-K probabilities as they are."""
     powers = [math.exp(logit) for logit in logits]
-    best = sorted(range(len(powers)), key=lambda i: -powers[i])[:top_k]
+    best = sorted(range(len(powers)), key=lambda i: -powers[i])[: layer.top_k]
     return {i: powers[i] / sum(powers) for i in best}
 
 
-def normalised_gates(logits: Sequence[float], top_k: int) -> dict[int, float]:
+def normalised_gates(logits: list[float], layer: MoeLayer) -> dict[int, float]:
     """Divided by their sum, as ST-MoE has them."""
-    gates = softmax_gates(logits, top_k)
+    gates = softmax_gates(logits, layer)
     return {i: gate / sum(gates.values()) for i, gate in gates.items()}
 
 
-GATES = {"grok1": softmax_gates, "openmoe": normalised_gates}
+def sigmoid_gates(logits: list[float], layer: MoeLayer) -> dict[int, float]:
+    """Top-K sigmoids; in MoEUT's attention, top-2 of the four experts of each of four heads."""
+    heads = 4 if "self_attn" in layer.name else 1
+    each, K = len(logits) // heads, layer.top_k // heads
+    best = [
+        i
+        for first in range(0, len(logits), each)
+        for i in sorted(range(first, first + each), key=lambda i: -logits[i])[:K]
+    ]
+    return {i: 1 / (1 + math.exp(-logits[i])) for i in best}
+
+
+GATES = {"grok1": softmax_gates, "openmoe": normalised_gates, "moeut": sigmoid_gates}
 
 
 @every
 def test_scores_are_the_plain_loop(name: str) -> None:
-    """Only the routers' inputs and weights are the model's; each row runs by itself."""
+    """Only the routers' inputs and weights are the model's; each row runs by itself.
+
+    A layer that runs twice is scored over both uses.
+    """
     model, examples = tiny(name), rows()
     layers = moe_layers(model)
     inputs: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
@@ -76,13 +90,13 @@ def test_scores_are_the_plain_loop(name: str) -> None:
     for layer in layers:
         states = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs[layer.index]])
         logits = (states.double() @ layer.router.weight.double().T).tolist()
-        counts, gates = [0] * EXPERTS, [0.0] * EXPERTS
+        counts, gates = [0] * layer.num_experts, [0.0] * layer.num_experts
         for token in logits:
-            for expert, gate in GATES[name](token, layer.top_k).items():
+            for expert, gate in GATES[name](token, layer).items():
                 counts[expert] += 1
                 gates[expert] += gate
         scores = found.layers[layer.index]
-        assert (scores.experts, scores.top_k) == (EXPERTS, layer.top_k)
+        assert (scores.experts, scores.top_k) == (layer.num_experts, layer.top_k)
         assert scores.token == pytest.approx([n / layer.top_k / len(logits) for n in counts])
         assert scores.gate == pytest.approx([g / len(logits) for g in gates], abs=1e-6)
         assert len(set(counts)) > 3  # the routers do choose
@@ -99,9 +113,9 @@ def test_batching_changes_no_score(name: str) -> None:
 
 
 def picked(name: str) -> dict[int, list[int]]:
-    """Two experts of the first layer, and one of the last."""
+    """Two experts of each other layer, and one of the last."""
     indices = [layer.index for layer in moe_layers(tiny(name))]
-    return {indices[0]: [5, 0], indices[-1]: [3]}
+    return {index: [5, 0] for index in indices[::2]} | {indices[-1]: [3]}
 
 
 @every
@@ -188,11 +202,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder
 
 
-def test_a_process_of_its_own_knows_the_model(checkpoint: Path) -> None:
-    done = esft_process("inspect", checkpoint, "--json")
+def test_a_process_of_its_own_knows_the_models(tmp_path: Path) -> None:
+    tiny("moeut").config.save_pretrained(tmp_path)
+    done = esft_process("inspect", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["model_type"] == json.loads((checkpoint / "config.json").read_text())["model_type"]
+    assert found["model_type"] == "moeut"
+    assert len(found["layers"]) == 6
 
 
 def test_the_commands(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,22 +12,27 @@ import pytest
 import torch
 
 from esft.loading import TINY_MOE_FOLDER
-from tests.models_of_ours.tiny_models import tiny
+from tests.models_of_ours.tiny_models import fresh
 
-STEPS, ROWS, LENGTH = 200, 8, 96
+STEPS, ROWS, LENGTH = 200, 8, 64
 BYTES = 256
 SIZES: dict[str, Any] = {
     "vocab_size": BYTES,
     "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_experts_per_tok": 2,
-    "initializer_range": 0.05,
     "output_router_logits": True,
     "pad_token_id": None,
 }
 OWN: dict[str, dict[str, Any]] = {
-    "grok1": {"intermediate_size": 64, "embedding_multiplier": 8.0, "attn_logit_softcapping": 30.0},
-    "openmoe": {"intermediate_size": 64},
+    "grok1": {
+        "initializer_range": 0.05,
+        "intermediate_size": 64,
+        "embedding_multiplier": 8.0,
+        "attn_logit_softcapping": 30.0,
+    },
+    "openmoe": {"initializer_range": 0.05, "intermediate_size": 64},
+    "moeut": {"moe_intermediate_size": 64},
 }
 
 
@@ -67,7 +72,7 @@ def loss_on(model: Any, test: list[int]) -> float:
 @pytest.mark.parametrize("name", OWN)
 def test_it_learns(name: str) -> None:
     train, test = text(held_out=False), text(held_out=True)
-    model = tiny(name, **SIZES | OWN[name]).train()
+    model = fresh(name, **SIZES | OWN[name]).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
     generator = torch.Generator().manual_seed(0)

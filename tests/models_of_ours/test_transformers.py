@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from esft.data.isolation import check_isolation
 from esft.models import MODELS
-from tests.models_of_ours.tiny_models import NAMES, VOCAB, ids, tiny
+from tests.models_of_ours.tiny_models import EXPERTS, NAMES, VOCAB, ids, tiny
 
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -207,9 +207,11 @@ def test_what_it_returns_on_request(name: str) -> None:
 
 @every
 def test_bf16_is_near_fp32(name: str) -> None:
-    model, rows = tiny(name), ids()
+    """With all experts in use: where one of two is chosen, rounding can choose the other."""
+    everything = {"num_experts_per_tok": EXPERTS, "attention_num_experts_per_tok": 4}
+    model, rows = tiny(name, **everything), ids()
     with torch.no_grad():
         expected = model(rows).logits
         found = model.to(torch.bfloat16)(rows).logits
     assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).norm() < 0.2 * expected.norm()
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()

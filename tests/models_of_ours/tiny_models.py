@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import esft.models  # noqa: F401  makes the classes known to transformers
 
-NAMES = ("grok1", "openmoe")
+NAMES = ("grok1", "openmoe", "moeut")
 VOCAB, HIDDEN, INNER, EXPERTS, TOP_K = 64, 32, 24, 8, 2
 
 _COMMON: dict[str, Any] = {
@@ -24,7 +24,6 @@ _COMMON: dict[str, Any] = {
     "num_experts": EXPERTS,
     "num_experts_per_tok": TOP_K,
     "max_position_embeddings": 512,
-    "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -46,11 +45,20 @@ _OWN: dict[str, dict[str, Any]] = {
         "attention_scaling": 0.25,
         "norm_topk_prob": True,
     },
+    # Two layers, run twice: feed-forward experts are 0 and 1, value experts 2 and 3, output
+    # experts 4 and 5, two of four for each of four heads.
+    "moeut": {
+        "num_hidden_layers": 4,
+        "group_size": 2,
+        "moe_intermediate_size": INNER,
+        "attention_num_experts": 4,
+        "attention_num_experts_per_tok": 2,
+    },
 }
 
 
-def tiny(name: str, seed: int = 0, **overrides: Any) -> Any:
-    """Return a random fp32 language model in evaluation mode.
+def fresh(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """Return an fp32 language model as its class initialises it.
 
     Args:
         name: one of `NAMES`.
@@ -60,11 +68,19 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> Any:
     config = AutoConfig.for_model(name, **(_COMMON | _OWN[name] | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        # Norms that do something.
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def tiny(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """Return the same with larger weights and norms that do something, in evaluation mode."""
+    model = fresh(name, seed, **overrides).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for part, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2, generator=generator)
+        else:
+            spread = 0.25 if part.endswith(("gate.weight", "router.weight")) else 0.2
+            torch.nn.init.normal_(parameter, std=spread, generator=generator)
     return model
 
 
