@@ -18,6 +18,7 @@ from esft.compression import CODING
 from esft.errors import DeltaError
 from esft.files import read_json, sha256_file, write_json
 from esft.fingerprint import Fingerprint, fingerprint_digest
+from esft.shards import refuse_link_outside
 
 VERSION = 2
 FORMAT = f"esft-delta/{VERSION}"
@@ -157,6 +158,7 @@ def check_files(folder: Path, files: Mapping[str, Any], manifest: str = MANIFEST
 
     Raises:
         DeltaError: a file is missing or damaged, or the list is.
+        ModelError: a file is a symbolic link that leads out of the folder.
     """
     for name, expected in files.items():
         if Path(name).name != name:
@@ -165,6 +167,7 @@ def check_files(folder: Path, files: Mapping[str, Any], manifest: str = MANIFEST
             raise DeltaError(f"{folder / manifest}: files.{name}: not a JSON object")
         path = folder / name
         try:
+            refuse_link_outside(path)
             size, digest = path.stat().st_size, sha256_file(path)
         except FileNotFoundError:
             raise DeltaError(f"{path}: this file of the delta is missing") from None

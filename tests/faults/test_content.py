@@ -16,10 +16,14 @@ import zstandard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from esft.delta import read_delta
 from esft.errors import DeltaError, ModelError
 from esft.exporting import export
+from esft.fingerprint import fingerprint
+from esft.manifest import write_manifest
 from esft.merging import merge
-from tests.deltas import CONFIG, WEIGHTS, forge, raw
+from esft.shards import open_checkpoint
+from tests.deltas import BASE, CONFIG, WEIGHTS, forge, raw
 from tests.faults.material import FUSED, Material, copy, refusal
 
 NAME = "model.layers.0.mlp.experts.2.up_proj.weight"
@@ -170,6 +174,25 @@ def test_s6_a_base_s_index_that_points_elsewhere(
     assert "is missing" in found or "points outside the folder" in found
 
 
+@pytest.mark.parametrize("name", [CONFIG, BASE, WEIGHTS, "adapter_config.json"])
+def test_a_file_that_is_a_link_out_of_the_folder(
+    name: str, material: Material, tmp_path: Path
+) -> None:
+    delta = tmp_path / "delta"
+    if name == "adapter_config.json":
+        delta.mkdir()
+        (delta / name).write_text("{}")
+        save_file({"lora_A": torch.ones(2)}, delta / "adapter_model.safetensors")
+        write_manifest(delta, fingerprint(open_checkpoint(material.base)), {"method": "lora"})
+        assert read_delta(delta).is_adapter
+    else:
+        copy(material.plain, delta)
+    (delta / name).rename(tmp_path / "stray")
+    (delta / name).symlink_to("../stray")
+    message = refusal(material.base, delta, tmp_path / "merged", DeltaError)
+    assert message.startswith(f"{delta / name}: a symbolic link to {tmp_path / 'stray'}, outside")
+
+
 def test_a_delta_in_the_hub_s_cache_is_read(material: Material, tmp_path: Path) -> None:
     """There every file is a symbolic link, out of its folder."""
     snapshot = tmp_path / "models--me--delta" / "snapshots" / "0123"
@@ -179,8 +202,7 @@ def test_a_delta_in_the_hub_s_cache_is_read(material: Material, tmp_path: Path) 
         blob = snapshot.parents[1] / "blobs" / str(number)
         shutil.copy(path, blob)
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
-    refusal_of_nothing = export(snapshot, tmp_path / "again")
-    assert refusal_of_nothing.tensors == len(load_file(material.plain / WEIGHTS))
+    assert export(snapshot, tmp_path / "again").tensors == len(load_file(material.plain / WEIGHTS))
 
 
 @pytest.mark.parametrize("more", ["values", "frames"])
