@@ -120,16 +120,19 @@ def exact(args: list[Tensor], bank: ExpertBank) -> tuple[list[Tensor], ExpertBan
     return [double(x), index, gates], each_tensor(bank, double)
 
 
+def direction(out: Tensor) -> Tensor:
+    """Return a gradient for an output, in eighths: every dtype holds it."""
+    steps = torch.arange(out.numel(), dtype=torch.float64) * 7 % 17 - 8
+    return (steps / 8).to(out.dtype).view_as(out)
+
+
 def run(
     fn: Callable[..., Tensor], args: list[Tensor], bank: ExpertBank
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the output and the gradients of x, of the gates and of the leaves that need one."""
     out = fn(*args, bank)
-    # In eighths: every dtype holds it.
-    steps = torch.arange(out.numel(), dtype=torch.float64) * 7 % 17 - 8
-    direction = (steps / 8).to(out.dtype).view_as(out)
     wanted = [leaf for leaf in (args[0], args[2], *leaves(bank)) if leaf.requires_grad]
-    grads = torch.autograd.grad((out * direction).sum(), wanted, allow_unused=True)
+    grads = torch.autograd.grad(out, wanted, direction(out), allow_unused=True)
     return out, [
         torch.zeros_like(leaf) if grad is None else grad
         for leaf, grad in zip(wanted, grads, strict=True)

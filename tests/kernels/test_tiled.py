@@ -3,45 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from esft_kernels import ExpertBank, SwiGLU, moe_mlp, naive, tiled
-from expert_layers import (
-    E,
-    clamped,
-    each_tensor,
-    error,
-    exact,
-    inputs,
-    leaves,
-    make_bank,
-    relu2,
-    run,
-    swiglu,
-    whole_numbers,
-)
-from guarded_memory import GuardedMemory, is_poison
+from esft_kernels import ExpertBank, moe_mlp, naive, tiled
+from expert_layers import E, each_tensor, error, exact, leaves, run
+from tiled_layers import HIDDEN, STYLES, layer, tokens
 from torch import Tensor
 
-HIDDEN, INNER = 33, 14
-"""No multiple of a tile's 32 columns; the wider has two tiles."""
-STYLES: dict[str, dict[str, Any]] = {
-    "swiglu": {"activation": SwiGLU()},
-    "swiglu interleaved": {"activation": SwiGLU(interleaved=True)},
-    "swiglu transposed": {"activation": SwiGLU(), "transposed": True},
-    "swiglu interleaved with biases": {"activation": SwiGLU(interleaved=True), "bias": True},
-    "any function": {"activation": swiglu},
-    "any function with biases": {"activation": clamped, "bias": True},
-    "any function transposed with biases": {
-        "activation": clamped,
-        "bias": True,
-        "transposed": True,
-    },
-    "no gate": {"activation": relu2, "gated": False},
-    "a view": {"activation": lambda z: z[:, ::2]},
-}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 IN_16_BITS = [
     # style, compute, trainable bank, gates, bound
@@ -49,17 +18,6 @@ IN_16_BITS = [
     *((style, BF16, BF16, BF16, 2e-2) for style in ("swiglu", "any function with biases")),
     *((style, FP16, FP32, FP32, 2e-3) for style in ("swiglu", "any function with biases")),
 ]
-
-
-def layer(selected: list[int], style: str = "swiglu", **how: Any) -> ExpertBank:
-    how = {"dtype": torch.float32, "hidden": HIDDEN, "inner": INNER} | STYLES[style] | how
-    return make_bank(selected, **how)
-
-
-def tokens(
-    count: int, k: int = 2, dtype: torch.dtype = torch.float32, only: int | None = None
-) -> list[Tensor]:
-    return inputs(count, k, dtype, only, HIDDEN)
 
 
 def assert_matches_oracle(args: list[Tensor], bank: ExpertBank, bound: float = 1e-5) -> None:
@@ -152,65 +110,6 @@ def test_no_tokens(style, requires_grad):
         assert (grad == 0).all()
 
 
-NAMES = ("x", "gate", "up", "down", "up_bias", "down_bias")
-WANTED = [*((name,) for name in NAMES[:4]), ("x", "gate"), ("gate", "down"), ("up", "down")]
-WANTED_WITH_BIASES = [*WANTED, *((name,) for name in NAMES[4:]), ("x", "up_bias"), NAMES[4:]]
-
-
-@pytest.mark.parametrize(
-    ("style", "wanted"),
-    [
-        *(("swiglu", wanted) for wanted in WANTED),
-        *(("any function with biases", wanted) for wanted in WANTED_WITH_BIASES),
-    ],
-)
-def test_any_input_may_be_frozen(style, wanted, guarded):
-    """Where nothing flows on, the frozen experts' rows are left alone in the backward."""
-    bank = layer([5, 0], style)
-    x, index, weight = tokens(15)
-    tensors = dict(zip(NAMES, [x, weight, *leaves(bank)], strict=False))
-    for name, tensor in tensors.items():
-        tensor.requires_grad_(name in wanted)
-    _, expected = run(naive.moe_mlp, *exact([x, index, weight], bank))
-    out = tiled.moe_mlp(x, index, weight, bank)
-    before = len(guarded.lent())
-    steps = torch.arange(out.numel(), dtype=torch.float64) * 7 % 17 - 8
-    found = torch.autograd.grad(out, [tensors[name] for name in wanted], (steps / 8).view_as(out))
-    # `run` orders the gradients as NAMES does.
-    for grad, expected_grad in zip(found, expected, strict=True):
-        assert expected_grad.norm() > 0
-        assert error(grad, expected_grad) < 1e-5
-    rows = index.numel()
-    selected_rows = int(((index == 5) | (index == 0)).sum())
-    products = [t for t in guarded.lent()[before:] if t.numel() in (rows * INNER, rows * 2 * INNER)]
-    written = [int((~is_poison(t.view(rows, -1))).any(dim=1).sum()) for t in products]
-    flows = "x" in wanted or "gate" in wanted
-    assert max(written) == (rows if flows else selected_rows)
-    input_s = [t for t in guarded.lent()[before:] if t.numel() == rows * HIDDEN]
-    assert len(input_s) == ("x" in wanted)
-
-
-@pytest.mark.parametrize("style", ["swiglu", "any function with biases", "no gate"])
-@pytest.mark.parametrize("selected", [[], [1, 2]])
-def test_saves_x_and_z_and_the_gates(style, selected):
-    """The budget of design.md; without an expert that trains, not even x."""
-    bank = layer(selected, style)
-    for leaf in leaves(bank):
-        leaf.requires_grad_(bool(selected))  # as `esft.experts` has it
-    x, index, weight = tokens(15)
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        tiled.moe_mlp(x, index, weight, bank)
-    z = index.numel() * bank.up.out_features
-    expected = z + weight.numel() + (x.numel() if selected else 0)
-    assert sum(tensor.numel() for tensor in saved) == expected
-
-
 def with_gaps(tensor: Tensor) -> Tensor:
     """Return the same numbers, each 12 bytes or more from the next; the gaps hold NaN."""
     if not tensor.is_floating_point():
@@ -260,53 +159,6 @@ def test_ids_may_be_int32(dtype):
     assert_matches_oracle([x, index.to(dtype), weight], layer([5, 0]))
 
 
-@pytest.mark.parametrize("style", ["swiglu", "any function with biases"])
-def test_two_runs_give_the_same_bits(style, guarded):
-    def once() -> list[Tensor]:
-        how = {"dtype": torch.bfloat16, "param_dtype": torch.float32, "hidden": 17}
-        args = inputs(15, 1, torch.bfloat16, hidden=17)
-        out, grads = run(tiled.moe_mlp, args, layer([5, 0], style, **how))
-        return [out, *grads]
-
-    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
-
-
-def test_gradients_of_an_fp32_bank_are_not_rounded_to_bf16():
-    """Whole numbers in bf16 whose sums need more digits than bf16 has."""
-
-    def gradients(function: Any, dtype: torch.dtype, param_dtype: torch.dtype) -> list[Tensor]:
-        (x, index, weight), bank, d_out = whole_numbers(16, dtype, dtype)
-        banks = [
-            replace(
-                p,
-                trainable=p.trainable.to(param_dtype).requires_grad_(),
-                trainable_bias=p.trainable_bias.to(param_dtype).requires_grad_(),
-            )
-            for p in (bank.up, bank.down)
-        ]
-        bank = replace(bank, up=banks[0], down=banks[1])
-        out = function(5 * x, index, torch.ones_like(weight), bank)
-        return list(torch.autograd.grad(out, leaves(bank), 5 * d_out))
-
-    found = gradients(tiled.moe_mlp, torch.bfloat16, torch.float32)
-    expected = gradients(naive.moe_mlp, torch.float64, torch.float64)
-    for exact_grad in expected[:2]:
-        assert (exact_grad.bfloat16() != exact_grad).any()  # otherwise this test shows nothing
-    for grad, exact_grad in zip(found, expected, strict=True):
-        assert grad.dtype == torch.float32
-        assert torch.equal(grad.double(), exact_grad)
-
-
-def test_a_gate_s_gradient_is_summed_in_fp32():
-    narrow, bank, d_out = whole_numbers(16, torch.bfloat16, torch.float32)
-    wide, wide_bank, wide_d_out = whole_numbers(16, torch.float64, torch.float64)
-    (found,) = torch.autograd.grad(tiled.moe_mlp(*narrow, bank), narrow[2], d_out)
-    (expected,) = torch.autograd.grad(naive.moe_mlp(*wide, wide_bank), wide[2], wide_d_out)
-    assert found.dtype == torch.float32
-    assert (expected.bfloat16() != expected).any()  # otherwise this test shows nothing
-    assert torch.equal(found.double(), expected)
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_agrees_with_the_grouped_path(style, monkeypatch):
     def outcome(path: str) -> list[Tensor]:
@@ -320,20 +172,3 @@ def test_agrees_with_the_grouped_path(style, monkeypatch):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert error(ours, theirs.double()) < 1e-6
-
-
-def test_guarded_memory_sees_what_a_kernel_may_do_wrong(guarded):
-    """Otherwise the tests above show less than they say."""
-    with GuardedMemory() as memory:
-        like = torch.ones(3, 4)
-        fresh = [torch.empty(3, 4), like.new_empty(3, 4), torch.empty_like(like)]
-        assert all(tensor.isnan().all() for tensor in fresh)
-        assert (torch.empty(2, dtype=torch.int32) < 0).all()
-        memory.check()
-        for place in (-1, 12):
-            stray = fresh[0].as_strided((1,), (1,), fresh[0].storage_offset() + place)
-            assert stray.isnan()
-            stray.zero_()
-            with pytest.raises(AssertionError, match="written outside"):
-                memory.check()
-            stray.fill_(torch.nan)
