@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esft.dtypes import TORCH
 from esft.errors import DeltaError
 from esft.experts import attached_layers
 from esft.fingerprint import Fingerprint
 from esft.names import layer_parts
+from esft.tensors import TORCH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

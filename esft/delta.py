@@ -15,23 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.adapter import merge_adapter
-from esft.changes import Changed, in_base_dtype
 from esft.compression import decode
 from esft.delta_v1 import MANIFEST_V1, read_manifest_v1
 from esft.delta_weights import (
     check_adapter,
     check_values,
     listed_weights,
-    read_tensor,
     source_of,
-    tensor_blocks,
 )
 from esft.dtypes import is_finite, width
 from esft.errors import CheckError, DeltaError, EsftError
 from esft.fingerprint import Fingerprint, check_base, check_hash, fingerprint, hash_tensor
 from esft.manifest import ADAPTER, BASE, MANIFEST, STEM, read_manifest, write_manifest
-from esft.names import write_into
 from esft.shard_writer import SHARD_SIZE, write_shards
 from esft.shards import (
     Checkpoint,
@@ -45,6 +40,11 @@ from esft.shards import (
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from esft.changes import Changed
+
+# torch and transformers are imported where they are needed: merging files needs neither, and they
+# cost seconds and hundreds of megabytes.
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Delta:
         Raises:
             KeyError: it was not changed.
         """
+        from esft.tensors import read_tensor
+
         assert self.coding is None, "read through `plain`"
         return read_tensor(self.entries[name])
 
@@ -193,6 +195,9 @@ def write_delta(
         DeltaError: a change does not fit the base, or is not finite.
         OutputError: the disk is full or read-only.
     """
+    from esft.changes import in_base_dtype
+    from esft.tensors import tensor_blocks
+
     tensors: dict[str, dict[str, Any]] = {}
     sources = []
     for change in changes:
@@ -253,6 +258,9 @@ def attach_delta(model: PreTrainedModel, base_folder: Path, folder: Path) -> Pre
         DeltaError: the delta is damaged.
         CheckError: it was made from another base.
     """
+    from esft.adapter import merge_adapter
+    from esft.names import write_into
+
     delta = read_delta(folder)
     base = open_checkpoint(base_folder)
     delta.check_base(base)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from esft.dtypes import TORCH, is_finite, width
+from esft.dtypes import FLOATS, is_finite, width
 from esft.errors import DeltaError
 from esft.fingerprint import hash_tensor
 from esft.manifest import ADAPTER, ADAPTER_WEIGHTS, MANIFEST, STEM, check_files
@@ -21,7 +18,6 @@ from esft.shard_writer import Source
 from esft.shards import Entry, open_checkpoint, read_blocks, read_header
 
 _THREADS = 4  # hashing releases the interpreter lock; more only fight over the disk
-_BLOCK = 1 << 22  # bytes of a tensor written at a time
 _LISTED = 5  # names in a message
 
 
@@ -31,21 +27,6 @@ def source_of(
     """Return what writes a tensor that a manifest describes, uncoded."""
     shape = tuple(tensor["shape"])
     return Source(name, tensor["dtype"], shape, math.prod(shape) * width(tensor["dtype"]), blocks)
-
-
-def read_tensor(entry: Entry) -> Tensor:
-    """Read one tensor of a delta's `entries`, or of any checkpoint in a dtype of `TORCH`."""
-    values = bytearray().join(read_blocks(entry))
-    if not values:
-        return torch.empty(entry.shape, dtype=TORCH[entry.dtype])
-    return torch.frombuffer(values, dtype=TORCH[entry.dtype]).reshape(entry.shape)
-
-
-def tensor_blocks(value: Tensor) -> Iterator[bytes]:
-    """Yield the bytes of a contiguous tensor on the CPU, 4 MiB at a time."""
-    flat = value.reshape(-1).view(torch.uint8)
-    for block in flat.split(_BLOCK):
-        yield block.numpy().tobytes()
 
 
 def listed_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, Entry]:
@@ -116,7 +97,7 @@ def _named(hash_one: Callable[[Entry], str], item: tuple[str, Entry]) -> str:
 
 
 def _hash_finite(entry: Entry) -> str:
-    if entry.dtype not in TORCH:
+    if entry.dtype not in FLOATS:
         raise ValueError(f"is {entry.dtype}; a delta holds floating-point numbers")
     digest, finite = sha256(), True
     for block in read_blocks(entry):

@@ -1,16 +1,9 @@
-"""The floating-point dtypes of a delta: safetensors' names, torch's types, and what is finite."""
+"""The floating-point dtypes of a delta by safetensors' names: their widths, and what is finite."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 # The bit pattern as a number, and its exponent's bits (IEEE 754; bfloat16 is the upper half of
 # a float32): all of them set means NaN or infinite.
 _EXPONENT = {
@@ -21,9 +14,12 @@ _EXPONENT = {
 }
 
 
+FLOATS = tuple(_EXPONENT)
+
+
 def width(dtype: str) -> int:
-    """Return the bytes of one number of a dtype in `TORCH`."""
-    return TORCH[dtype].itemsize
+    """Return the bytes of one number of a dtype in `FLOATS`."""
+    return np.dtype(_EXPONENT[dtype][0]).itemsize
 
 
 def is_finite(values: bytes, dtype: str) -> bool:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,98 +18,28 @@ from transformers import (
 )
 
 import esft.models  # noqa: F401  makes them known to the auto classes
-from esft.errors import ModelError, nearest
+from esft.errors import ModelError
+from esft.locating import (
+    TINY_MOE,
+    TINY_MOE_FOLDER,
+    first_line,
+    resolve,
+    trusted,
+    trusting_remote_code,
+)
 
-TINY_MOE = "tiny-moe"
-TINY_MOE_FOLDER = Path(__file__).parent / "tiny_moe"
+__all__ = [
+    "DTYPES",
+    "TINY_MOE",
+    "TINY_MOE_FOLDER",
+    "auto_class",
+    "resolve",
+    "trusting_remote_code",
+]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# What a checkpoint needs to be loaded; pickled weights are never fetched.
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*", "LICENSE*"]
-# The same weights once more, in the layout of their maker's own code.
-_HUB_COPIES = ["*/*.safetensors", "consolidated*.safetensors"]
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "merges.txt", "tekken.json", "*.tiktoken")
-
-
-_trusted = ContextVar("trusted", default=False)
-
-
-@contextmanager
-def trusting_remote_code() -> Iterator[None]:
-    """Let checkpoints that are loaded inside the block run code of their own (`auto_map`).
-
-    Such code can do whatever the user can. Without this, a checkpoint that needs it is refused,
-    and one that transformers has a class for is loaded by that class.
-    """
-    token = _trusted.set(True)
-    try:
-        yield
-    finally:
-        _trusted.reset(token)
-
-
-def resolve(model: str | Path) -> Path:
-    """Return the folder of a checkpoint, downloading it if `model` is a hub id.
-
-    Args:
-        model: a folder with a `config.json`, a hub id (`Qwen/Qwen3-30B-A3B`), or `tiny-moe`.
-
-    Raises:
-        ModelError: there is no such folder, or the hub does not have it or cannot be reached.
-    """
-    if str(model) == TINY_MOE:
-        return TINY_MOE_FOLDER
-    if not str(model).strip():
-        raise ModelError("no model: give a checkpoint's folder, a hub id, or tiny-moe")
-    try:
-        path = Path(model).expanduser()
-        is_folder = path.is_dir()
-    except (OSError, RuntimeError) as error:  # too long a name, no such user's home, no access
-        raise ModelError(f"{model}: cannot look for this folder: {error}") from None
-    if is_folder:
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path}: no config.json in this folder; not a checkpoint")
-        return path
-    if path.exists() or not _HUB_ID.fullmatch(str(model)):
-        raise ModelError(f"{model}: no such folder; give a checkpoint's folder or a hub id")
-    return _download(str(model))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                allow_patterns=[*_HUB_FILES, *(["*.py"] if _trusted.get() else [])],
-                ignore_patterns=_HUB_COPIES,
-            )
-        )
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{hub_id}: the hub gives this model only to those who accepted its terms; accept "
-            f"them on its page, then run: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{hub_id}: no such folder, and no such model on the hub (a private one needs: "
-            f"hf auth login)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{hub_id}: no such folder, and the hub cannot be reached and has no cached copy here"
-            f"{nearest(hub_id, [TINY_MOE])}"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"{hub_id}: cannot download this model: {_reason(error)}") from error
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -127,7 +54,7 @@ def pick_device(device: str | None = None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {device}: not usable here: {_reason(error)}") from error
+        raise ModelError(f"--device {device}: not usable here: {first_line(error)}") from error
     if chosen.type == "meta":
         raise ModelError("--device meta: holds no weights; choose cpu or cuda")
     return chosen
@@ -176,7 +103,7 @@ def load_model(
         raise ModelError(
             f"{folder}: {config.model_type} is an encoder-decoder; esft's commands profile, train "
             f"and score models that read a text and go on with it. inspect, merge and verify work, "
-            f"and so do esft.attach and esft.profiling.profile_batches on a model in memory"
+            f"and so do esft.attach and esft.pairs.profile_pairs on a model in memory"
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
@@ -191,7 +118,7 @@ def load_model(
             dtype=chosen,
             device_map=None if place.type == "cpu" else {"": place},
             use_safetensors=True,
-            trust_remote_code=_trusted.get(),
+            trust_remote_code=trusted.get(),
             output_loading_info=True,
         ),
     )
@@ -214,7 +141,7 @@ def load_skeleton(model: str | Path) -> PreTrainedModel:
     config = load_config(folder)
     with torch.device("meta"):
         return _guarded(
-            folder, lambda: auto_class(config).from_config(config, trust_remote_code=_trusted.get())
+            folder, lambda: auto_class(config).from_config(config, trust_remote_code=trusted.get())
         )
 
 
@@ -227,7 +154,7 @@ def auto_class(config: Any) -> Any:
         # whole model, and does not remember it; the names of what it trained would be wrong.
         return AutoModelForImageTextToText
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM):
-        own_code = _trusted.get() and kind.__name__ in (getattr(config, "auto_map", None) or {})
+        own_code = trusted.get() and kind.__name__ in (getattr(config, "auto_map", None) or {})
         if own_code or type(config) in kind._model_mapping:
             return kind
     return AutoModelForCausalLM  # it says best what is wrong
@@ -240,7 +167,7 @@ def load_config(folder: Path) -> Any:
         ModelError: it is damaged, of an unknown family, or wants to run code of its own.
     """
     return _guarded(
-        folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=_trusted.get())
+        folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trusted.get())
     )
 
 
@@ -271,7 +198,7 @@ def load_tokenizer(model: str | Path) -> Any:
         raise ModelError(f"{folder}: no tokenizer in this folder (such as a tokenizer.json)")
     return _guarded(
         folder,
-        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusted.get()),
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted.get()),
         "tokenizer",
     )
 
@@ -283,7 +210,7 @@ def _guarded(folder: Path, load: Callable[[], Any], what: str = "checkpoint") ->
         if type(error).__module__.startswith("safetensors"):
             damaged = next(filter(_is_damaged, sorted(folder.glob("*.safetensors"))), folder)
             raise ModelError(f"{damaged}: this weights file is damaged: {error}") from error
-        reason = _reason(error)
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = (
                 "it needs code of its own (auto_map), and esft runs none but transformers'; read "
@@ -295,14 +222,6 @@ def _guarded(folder: Path, load: Callable[[], Any], what: str = "checkpoint") ->
                 "another shape); TRANSFORMERS_VERBOSITY=warning lists them"
             )
         raise ModelError(f"{folder}: cannot load this {what}: {reason}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, with its type where the message alone says little."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    if isinstance(error, OSError | ValueError | RuntimeError | ImportError | AssertionError):
-        return lines[0] if lines else type(error).__name__
-    return ": ".join([type(error).__name__, *lines[:2]])
 
 
 def _is_damaged(file: Path) -> bool:

@@ -19,7 +19,7 @@ from esft.delta import Delta, attach_delta, read_delta
 from esft.errors import CheckError, DeltaError
 from esft.files import explain_write_errors, new_folder, refuse_existing, write_text
 from esft.fingerprint import hash_tensor
-from esft.loading import load_model, resolve
+from esft.locating import resolve
 from esft.patching import Patch, patched_blocks, patches
 from esft.progress import SILENT, Reporter
 from esft.shards import INDEX, Checkpoint, open_checkpoint
@@ -225,6 +225,8 @@ def _write_merged(
 
 
 def _merge_adapter(source: Path, delta: Delta, folder: Path) -> None:
+    from esft.loading import load_model  # needs torch, which merging otherwise does without
+
     model = attach_delta(load_model(source, device="cpu", dtype="checkpoint"), source, delta.folder)
     (folder / INDEX).unlink(missing_ok=True)  # of the base's files, which are cut anew
     with explain_write_errors(folder):

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from esft.delta import Delta
-from esft.dtypes import TORCH
 from esft.errors import DeltaError
 from esft.shards import Entry, read_blocks
 
@@ -36,12 +33,10 @@ class Patch:
         if len(pieces) == 1:
             yield from pieces[0]
             return
-        dtype = TORCH[self.sources[0][0].dtype]
+        from esft.tensors import mean_bytes  # needs torch, which merging otherwise does without
+
         for blocks in zip(*pieces, strict=True):
-            values = [torch.frombuffer(bytearray(block), dtype=dtype) for block in blocks]
-            # Summed in float64, so that the order of the deltas does not show, rounded once.
-            mean = torch.stack(values).double().mean(0).to(dtype)
-            yield mean.view(torch.uint8).numpy().tobytes()
+            yield mean_bytes(list(blocks), self.sources[0][0].dtype)
 
 
 def patches(

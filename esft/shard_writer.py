@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from esft.dtypes import TORCH, width
+from esft.dtypes import FLOATS, width
 from esft.files import explain_write_errors, write_json
 
 SHARD_SIZE = 5_000_000_000  # bytes of tensors in a file
@@ -94,7 +94,7 @@ def _groups(tensors: Sequence[Source], limit: int) -> list[list[Source]]:
 
 
 def _width(dtype: str) -> int:
-    return width(dtype) if dtype in TORCH else 1
+    return width(dtype) if dtype in FLOATS else 1
 
 
 def _write_file(path: Path, tensors: Sequence[Source]) -> dict[str, Written]:

@@ -92,7 +92,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     """
     try:
         # The library checks lengths, overlaps and holes; the offsets it keeps to itself.
-        with safe_open(file, framework="pt"):
+        with safe_open(file, framework="np"):
             pass
         with open(file, "rb") as raw:
             (length,) = struct.unpack("<Q", raw.read(8))

@@ -12,7 +12,7 @@ from esft.dtypes import width
 from esft.errors import CheckError, DeltaError
 from esft.files import explain_write_errors, new_folder, refuse_existing
 from esft.fingerprint import fingerprint
-from esft.loading import resolve
+from esft.locating import resolve
 from esft.progress import SILENT, Reporter
 from esft.shards import Checkpoint, Entry, open_checkpoint, read_blocks, read_rows
 

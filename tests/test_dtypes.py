@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esft.dtypes import TORCH, is_finite, width
+from esft.dtypes import FLOATS, is_finite, width
+from esft.tensors import TORCH
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -30,4 +31,4 @@ def test_the_edges_of_wider_numbers(dtype: str) -> None:
 
 
 def test_widths() -> None:
-    assert {name: width(name) for name in TORCH} == {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+    assert {name: width(name) for name in FLOATS} == {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

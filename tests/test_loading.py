@@ -311,7 +311,7 @@ def test_tokenizers_that_are_none(text: str, checkpoint: Path) -> None:
 RESOLVE = """
 import sys
 from esft.errors import EsftError
-from esft.loading import resolve
+from esft.locating import resolve
 for model in sys.argv[1:]:
     try:
         print(resolve(model))
