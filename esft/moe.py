@@ -22,6 +22,8 @@ from esft.loading import load_skeleton
 # Why families of transformers that have routed experts are refused. A family is also refused,
 # with a general reason, when its config counts experts but no module is known to hold them.
 _REFUSED = {
+    "nllb-moe": "in transformers all tokens go to its experts 0 and 1, whatever its routers choose "
+    "(NllbMoeExperts takes a mask for expert ids)",
     "doge": "its experts are embedding rows, looked up by product keys, not feed-forward networks",
 }
 _EXPERT_COUNTS = (
@@ -238,7 +240,11 @@ def _numbers(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str
 
 
 def _top_k(layout: Layout, config: Any) -> int:
-    owners = [(layout.router, "top_k"), (layout.block, "top_k")]
+    owners: list[tuple[Any, str]] = [
+        (layout, "top_k"),
+        (layout.router, "top_k"),
+        (layout.block, "top_k"),
+    ]
     for owner, name in owners + [(config, name) for name in _TOP_K]:
         value = getattr(owner, name, None)
         if isinstance(value, int) and not isinstance(value, bool):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esft_cli import output
+
+if TYPE_CHECKING:
+    from esft.moe import Anatomy
 
 
 def inspect(
@@ -27,6 +30,7 @@ def inspect(
     for name, value in (
         ("architecture", found.architecture),
         ("MoE layers", f"{len(found.layers)} (layers {_ranges([x.index for x in found.layers])})"),
+        *_places(found),
         ("experts per layer", _each(layer.num_experts for layer in found.layers)),
         ("experts per token", _each(layer.top_k for layer in found.layers)),
         ("shared experts", "yes" if first.shared else "none"),
@@ -41,6 +45,18 @@ def inspect(
     ):
         layers.add_row(name, str(value))
     output.console().print(layers)
+
+
+def _places(found: Anatomy) -> list[tuple[str, str]]:
+    """Say where the experts are: one line for each list of layers, with its layers' numbers."""
+    places: dict[str, list[int]] = {}
+    for layer in found.layers:
+        parts = layer.name.split(".")
+        number = next(i for i, part in enumerate(parts) if part.isdigit())
+        places.setdefault(".".join([*parts[:number], "*", *parts[number + 1 :]]), []).append(
+            layer.index
+        )
+    return [(f"  layers {_ranges(indices)}", place) for place, indices in places.items()]
 
 
 def _each(values: Any) -> str:

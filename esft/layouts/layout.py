@@ -30,9 +30,11 @@ class Layout(ABC):
         num_experts: E, those that can be selected.
         others: whether the router may choose something that is none of them: the input itself, or
             nothing. Its ids are then outside 0 to E - 1.
+        top_k: K, where neither the router nor the configuration tells it.
     """
 
     others: bool = False
+    top_k: int | None = None
     router_names: ClassVar[tuple[str, ...]] = ("gate", "router")
 
     def __init__(self, name: str, experts: nn.Module, block: nn.Module, num_experts: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esft.banks import TrainedExperts
 from esft.errors import ModelError
-from esft.layouts.layout import Layout, Seen, parent
+from esft.layouts.layout import Layout, Seen, is_a, parent
 
 
 class ModulesLayout(Layout):
@@ -22,7 +22,7 @@ class ModulesLayout(Layout):
     """
 
     @classmethod
-    def find(cls, name: str, modules: Mapping[str, nn.Module]) -> Self | None:
+    def find(cls, name: str, modules: Mapping[str, nn.Module]) -> ModulesLayout | None:
         """See `Layout.find`."""
         experts = modules[name]
         if (
@@ -33,7 +33,8 @@ class ModulesLayout(Layout):
         kinds = {type(expert) for expert in experts.children()}
         if len(experts) < 2 or len(kinds) != 1:
             return None
-        return cls(name, experts, modules[parent(name)], len(experts))
+        layout = SwitchLayout if is_a(experts, "SwitchTransformersExperts") else ModulesLayout
+        return layout(name, experts, modules[parent(name)], len(experts))
 
     @property
     def host(self) -> nn.Module:
@@ -147,6 +148,28 @@ class ModulesLayout(Layout):
 
     def _expert(self, number: int) -> nn.Module:
         return self.experts.get_submodule(self.expert_names[number])
+
+
+class SwitchLayout(ModulesLayout):
+    """Switch Transformers: a dict of modules, one of them for each token, as far as it has room.
+
+    Gate values are those of the choice, also where the expert's capacity was used up before the
+    token: that depends on the other tokens of the text, and on nothing that the expert is.
+    """
+
+    top_k = 1
+
+    def observe(self, seen: Seen) -> RemovableHandle:
+        """See `Layout.observe`."""
+        router: Any = self.router
+
+        def chosen(module: Any, _args: Any, output: Any) -> None:
+            _, gate_BS1, logits_BSE = output
+            # As the router does it, before it looks at capacities.
+            likely_BSE = logits_BSE.softmax(-1).to(module.input_dtype)
+            seen(likely_BSE.argmax(-1, keepdim=True), gate_BS1)
+
+        return router.register_forward_hook(chosen)
 
 
 def _owner(expert: nn.Module, name: str) -> tuple[nn.Module, str]:
