@@ -23,6 +23,7 @@ from esft.selection import select
 from tests.checkpoints import save_tiny
 from tests.families import CONFIGS, small
 from tests.models import EXPERTS, FAMILIES, TOP_K, tiny
+from tests.models_of_ours import tiny_models
 from tests.test_profiling import normalises, rows
 
 OFF = [5, 0, 2]
@@ -118,9 +119,18 @@ OTHER_ROUTERS = ("deepseek_v4", "phimoe")
 OUTSIDE_THE_INTERFACE = ("dbrx", "jetmoe", "llama4_text", "longcat_flash")
 
 
-@pytest.mark.parametrize("family", sorted({*CONFIGS, *OTHER_ROUTERS, *OUTSIDE_THE_INTERFACE}))
+def model_of(family: str) -> PreTrainedModel:
+    if family in tiny_models.NAMES:
+        return tiny_models.fresh(family).eval()
+    return tiny(family) if family in OUTSIDE_THE_INTERFACE else small(family).float()
+
+
+@pytest.mark.parametrize(
+    "family",
+    sorted({*CONFIGS, *OTHER_ROUTERS, *OUTSIDE_THE_INTERFACE, *tiny_models.NAMES}),
+)
 def test_every_family(family: str) -> None:
-    model = tiny(family) if family in OUTSIDE_THE_INTERFACE else small(family).float()
+    model = model_of(family)
     tokens = torch.arange(3, 23)[None]
     chosen: dict[int, set[int]] = {}
     for layer in moe_layers(model):
@@ -147,6 +157,21 @@ def test_every_family(family: str) -> None:
         assert not torch.allclose(before, without_them, atol=1e-6)
         # Nothing of it stays behind.
         assert torch.equal(model(tokens, use_cache=False).logits, before)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_no_hook_stays_behind() -> None:
+    model = tiny("mixtral")
+    before = hooks(model)
+    with masked(model, everywhere(model)):
+        assert hooks(model) > before
+    assert hooks(model) == before
+    with pytest.raises(ZeroDivisionError), masked(model, everywhere(model)):
+        raise ZeroDivisionError
+    assert hooks(model) == before
 
 
 def test_only_the_layers_that_are_named() -> None:

@@ -57,10 +57,11 @@ def choices(model: Any, examples: list[Example], count: str) -> Choices:
     return found
 
 
-def plain_fixed(noted: list[tuple[int, int, list[int]]]) -> FixedByToken | None:
-    """The definition of `TokenRouting.fixed`, with dictionaries."""
+def plain_fixed(noted: list[tuple[int, int, list[int]]], most: int = 100) -> FixedByToken | None:
+    """The definition of `TokenRouting.fixed`, with dictionaries; of the `most` frequent ids."""
     tokens = Counter((row % 2, token) for row, token, _ in noted)
     often = {t for _, t in tokens if min(tokens[0, t], tokens[1, t]) >= SEEN_AT_LEAST}
+    often = set(sorted(often, key=lambda t: (-tokens[0, t] - tokens[1, t], t))[:most])
     if not often:
         return None
     shares = []
@@ -95,6 +96,16 @@ def test_fixed_by_token_is_the_plain_loop(family: str, count: str) -> None:
     assert some is not None
     assert 2 < some.token_ids < 12  # not all twelve ids are frequent
     assert some.share > some.without_id
+
+
+def test_of_many_ids_the_most_frequent_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esft.token_routing.MOST_IDS", 3)
+    found = profile_model(tiny("qwen3_moe"), rows())
+    for index, noted in choices(tiny("qwen3_moe"), rows(), "all").items():
+        routing = found.layers[index].routing
+        assert routing is not None
+        assert routing.fixed_by_token == plain_fixed(noted, most=3)
+        assert routing.fixed_by_token.token_ids == 3
 
 
 def test_rare_ids_give_no_figure() -> None:
