@@ -254,7 +254,8 @@ def main() -> None:
                 "constants": dict(launch.constants),
                 "options": dict(launch.options),
             }
-            print(json.dumps(line | compiled(launch, args.arch)), flush=True)
+            line |= compiled(launch, args.arch)
+            print(json.dumps(line | {"fits": fits(line)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ def checks(device: torch.device, scale: Scale) -> Iterator[Check]:
         for case, batch, selected in _batches(shape, device):
             bank = make_bank(up, down, selected)
             found = _ours(batch, bank)
-            expected = _results(naive.moe_mlp, _double(batch), _doubled(bank))
+            expected = results(naive.moe_mlp, _double(batch), _doubled(bank))
             for name, a, b in zip(RESULTS, found, expected, strict=True):
                 yield Check(f"{model}, {case}", name, error(a, b), bound)
             if case == "uniform":
@@ -129,10 +129,11 @@ def _with_index(batch: Inputs, index: Tensor) -> Inputs:
 
 def _ours(batch: Inputs, bank: ExpertBank) -> list[Tensor]:
     with poisoned():
-        return _results(tiled.moe_mlp, batch, bank)
+        return results(tiled.moe_mlp, batch, bank)
 
 
-def _results(layer, batch: Inputs, bank: ExpertBank) -> list[Tensor]:
+def results(layer: Callable[..., Tensor], batch: Inputs, bank: ExpertBank) -> list[Tensor]:
+    """Return a layer's results in the order of RESULTS."""
     out = layer(batch.x, batch.index, batch.gates, bank)
     wanted = [batch.x, batch.gates, *trainables(bank)]
     grads = torch.autograd.grad(out, wanted, batch.d_out, allow_unused=True, materialize_grads=True)
@@ -175,7 +176,7 @@ def _far_errors(device: torch.device) -> list[float]:
             gates.detach().float().requires_grad_(),
             d_out.float(),
         )
-        *rows, up, down = _results(naive.moe_mlp, chunk, oracle)
+        *rows, up, down = results(naive.moe_mlp, chunk, oracle)
         parts.append(rows)
         sums[0] += up
         sums[1] += down
