@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import combinations
 
 from esft.errors import SelectionError
-from esft.ranking import ranking, until
+from esft.ranking import until
 
 
 def group_experts(cooccurrence: list[list[int]], size: int, layer: int) -> list[list[int]]:
@@ -51,12 +51,11 @@ def until_groups(scores: list[float], groups: list[list[int]], p: float) -> list
     Returns:
         whole groups, the best one first, in a group the best expert first.
     """
-    best_first = ranking(scores)
     totals = [sum(scores[expert] for expert in group) for group in groups]
     return [
         expert
         for place in until(totals, p)
-        for expert in sorted(groups[place], key=best_first.index)
+        for expert in sorted(groups[place], key=lambda expert: (-scores[expert], expert))
     ]
 
 
