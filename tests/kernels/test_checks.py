@@ -155,6 +155,7 @@ def test_refuses_an_id_that_names_no_expert(path, dtype, wrong, monkeypatch):
     args = layer()
     index = args["topk_index"].to(dtype)
     index[3, 1] = wrong
+    index[5, 0] = 99  # the first is named
     expected = (
         "topk_index: expected expert ids 0 to 5 (or -1 or 6 for an expert held elsewhere), "
         f"got {wrong} at [3, 1]"

@@ -81,6 +81,14 @@ def test_triton_is_not_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True, env=env | {"PYTHONPATH": str(KERNELS)})
 
 
+def test_triton_may_be_missing(monkeypatch):
+    monkeypatch.setenv("ESFT_KERNELS", "triton")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as `import` finds what is not there
+    args, bank = layer()
+    with pytest.raises(ValueError, match="ESFT_KERNELS=triton: Triton is not installed"):
+        moe_mlp(*args, bank)
+
+
 def test_triton_does_not_compute_in_float64(monkeypatch):
     monkeypatch.setenv("ESFT_KERNELS", "triton")
     args, bank = layer(torch.float64)
@@ -100,12 +108,14 @@ def test_triton_needs_both_banks_in_one_layout(name, gaps, monkeypatch):
     args, bank = layer()
     projection = getattr(bank, name)
     if gaps:
-        both = (projection.trainable.detach(), projection.frozen)
-        wide = [weight.repeat_interleave(2, dim=-1)[..., ::2] for weight in both]
-        projection = replace(projection, trainable=wide[0].double(), frozen=wide[1])
+        trainable, frozen = projection.trainable.detach(), projection.frozen
+        wide = [w.repeat_interleave(2, dim=-1)[..., ::2] for w in (trainable, frozen)]
         # In one dtype the same gaps are no obstacle.
-        same = replace(projection, trainable=wide[0])
+        same = replace(projection, trainable=wide[0], frozen=wide[1])
         moe_mlp(*args, replace(bank, **{name: same}))
+        double = trainable.double().repeat_interleave(2, dim=-1)[..., ::2]
+        assert double.stride()[1:] == wide[1].stride()[1:]
+        projection = replace(same, trainable=double)
     else:
         frozen = projection.frozen.transpose(1, 2).contiguous().transpose(1, 2)
         projection = replace(projection, frozen=frozen)
@@ -187,3 +197,11 @@ def test_a_gpu_that_is_not_served_is_told_why_once(gpu, version, dtype, reason):
     gpu.setenv("ESFT_KERNELS", "triton")
     with pytest.raises(ValueError, match=f"ESFT_KERNELS=triton: {reason}"):
         path.choose(x, bank)
+
+
+def test_an_amd_gpu_is_not_served(gpu):
+    gpu.setattr(torch.version, "hip", "6.4")
+    _, bank = layer(torch.bfloat16)
+    x = torch.empty(7, 16, device="cuda", dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="AMD GPUs are untested"):
+        assert path.choose(x, bank) == "grouped"
