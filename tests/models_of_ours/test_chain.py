@@ -130,7 +130,7 @@ def test_gradients_of_the_selection_are_autograd_s(name: str, implementation: st
     attach(model, Selection(experts=picked(name)))
     attached = model(input_ids=row, labels=row).loss
     attached.backward()
-    assert torch.isclose(loss, attached, rtol=1e-6)
+    assert torch.isclose(loss, attached, rtol=1e-5)
     for layer in moe_layers(model):
         for weight in layer.layout.shapes():
             for slot, expert in enumerate(picked(name).get(layer.index, [])):
