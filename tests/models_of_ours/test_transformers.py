@@ -88,7 +88,7 @@ def test_embeddings_instead_of_ids_and_logits_of_the_last_tokens_only(name: str)
         assert torch.equal(model(inputs_embeds=embedded).logits, logits)
         last = model(rows, logits_to_keep=3).logits
     assert last.shape == (2, 3, VOCAB)
-    assert torch.allclose(last, logits[:, -3:], atol=1e-6)
+    assert torch.allclose(last, logits[:, -3:], atol=1e-5)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
