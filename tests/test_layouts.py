@@ -6,6 +6,7 @@ The oracle for gradients is ordinary autograd on the family's own, untouched mod
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from esft.delta import attach_delta
 from esft.errors import ModelError, SelectionError
 from esft.experts import attach, attached_layers, detach
 from esft.merging import merge, verify
+from esft.methods import LoraMethod
 from esft.moe import inspect, moe_layers, trainable_parameters
+from esft.recipe import LoraSpec
 from esft.selection import Selection
+from esft.training import train
+from tests.checkpoints import save_tiny
 from tests.deltas import PICKED, load, save_base, train_delta
 from tests.models import EXPERTS, HIDDEN, INNER, tiny
 from tests.remote_code.modeling_listed import ListedConfig, ListedForCausalLM
@@ -239,3 +244,39 @@ def test_experts_of_different_kinds_in_a_list_are_refused() -> None:
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts: expert 3 .* cannot train"):
         attach(model, Selection(experts=PICKED))
     assert all(p.requires_grad for p in model.parameters())  # left as it was
+
+
+@pytest.mark.parametrize("family", ["dbrx", "longcat_flash"])
+def test_a_whole_run(family: str, tmp_path: Path) -> None:
+    """Profile, select, train, merge: rows of a fused tensor; choices of no expert."""
+    base, data = save_tiny(tmp_path / "base", family), tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}:", "completion": "abcdef"[n % 6] * 3} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": str(base),
+        "data": {"train": str(data), "max_length": 32},
+        "selection": {"metric": "token", "p": 0.4},
+        "training": {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4},
+    }
+    result = train(recipe, tmp_path / "run")
+    picked = Selection.read(tmp_path / "run" / "selection.json").experts
+    merged = merge(base, result.delta, tmp_path / "merged")
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    if family == "dbrx":
+        assert changed == {name.format(layer) for name in STACKS["dbrx"] for layer in picked}
+        for layer, experts in picked.items():
+            for name in STACKS["dbrx"]:
+                rows_ = (old[name.format(layer)] != new[name.format(layer)]).any(1).nonzero()
+                assert {int(row) // INNER for row in rows_} == set(experts)
+    else:
+        assert {tuple(name.split(".")[2:6:3]) for name in changed} == {
+            (str(layer), str(expert)) for layer, experts in picked.items() for expert in experts
+        }
+
+
+def test_lora_leaves_routers_alone_that_have_a_linear_layer_inside() -> None:
+    model = LoraMethod(LoraSpec(target_parameters=[])).prepare(tiny("dbrx"))
+    trained = trainable_parameters(model)
+    assert trained
+    assert not any("router" in name for name in trained)

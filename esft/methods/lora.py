@@ -88,7 +88,9 @@ def _linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     PEFT takes the names in `_EXPERTS_ONCE` for experts of an older transformers, whatever layer
     they name, and would train stacks and routers instead; a weight's own name it leaves alone.
     """
-    others = [layer.router for layer in moe_layers(model)] + [model.get_output_embeddings()]
+    routers = [layer.router for layer in moe_layers(model) if layer.router is not None]
+    others = [module for router in routers for module in router.modules()]
+    others.append(model.get_output_embeddings())
     names = [
         name
         for name, module in model.named_modules()
