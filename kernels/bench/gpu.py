@@ -268,6 +268,7 @@ def main() -> None:
                 bench = bench or Bench(first, device, scale, reached, rows)
                 bench.run(case)
         print(f"{left_out} cases left out" if left_out else "no case left out")
+        print(rows.summary())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
+OURS = "esft triton"
+OTHERS = (
+    "grouped_mm full", "grouped_mm frozen", "grouped_mm prefix dW", "esft grouped",
+    "transformers full", "transformers frozen",
+)  # fmt: skip
+
+
 class Rows:
     """Writes rows to a file and to the terminal, each as soon as it is known."""
 
@@ -22,6 +29,7 @@ class Rows:
         self._file = file
         self._writer = csv.DictWriter(file, COLUMNS)
         self._writer.writeheader()
+        self._steps: list[dict[str, Any]] = []
 
     def add(self, kind: str, **columns: Any) -> None:
         """Write a row; columns that are not given stay empty."""
@@ -40,12 +48,38 @@ class Rows:
         ms = middle(times)
         if work:
             columns |= {"gflop": work.flops / 1e9, "mbyte": work.bytes / 1e6}
-        self.add(
-            kind,
-            **columns,
-            ms=ms,
-            lowest=min(times),
-            highest=max(times),
-            floor_ms=floor,
-            percent_of_floor=100 * floor / ms,
-        )
+        columns |= {"ms": ms, "lowest": min(times), "highest": max(times)}
+        columns |= {"floor_ms": floor, "percent_of_floor": 100 * floor / ms}
+        self.add(kind, **columns)
+        if columns.get("phase") == "step":
+            self._steps.append(columns)
+
+    def summary(self) -> str:
+        """Return a Markdown table of our steps: times over the floor, and others' over ours."""
+        header = [
+            "layer", "tokens", "routing", "share of rows", "n", "ours, ms", "ours / floor",
+            *(f"{name} / ours" for name in OTHERS),
+        ]  # fmt: skip
+        lines = [header, ["---"] * len(header)]
+        for ours in self._steps:
+            if ours["name"] != OURS:
+                continue
+            layer = [ours[key] for key in ("model", "tokens", "routing")]
+            # Layers that do not depend on a share have 0 there.
+            other = {
+                step["name"]: step["ms"] / ours["ms"]
+                for step in self._steps
+                if [step[key] for key in ("model", "tokens", "routing")] == layer
+                and step["share"] in (0, ours["share"])
+            }
+            ratios = [ours["ms"] / ours["floor_ms"], *(other[name] for name in OTHERS)]
+            lines.append(
+                [
+                    *layer,
+                    f"{100 * ours['row_share']:.1f} %",
+                    str(ours["selected"]),
+                    f"{ours['ms']:.2f}",
+                    *(f"{ratio:.2f}" for ratio in ratios),
+                ]
+            )
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -69,6 +69,10 @@ def test_fills_every_row(tmp_path):
         assert all(0 < float(row["row_share"]) <= 1 for row in found if row["share"] != "0")
     assert [row["name"] for row in rows if row["kind"] == "ceiling"] == ["matrix product", "copy"]
 
+    table = [line for line in ran.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len(settings) * len(SHARES)
+    assert len({line.count("|") for line in table}) == 1
+
     checks = {(row["name"], row["phase"]): row for row in rows if row["kind"] == "check"}
     for model, case, result in itertools.product(MODELS, CASES, (*RESULTS, "same bits again")):
         row = checks[f"{model}, {case}", result]
