@@ -97,6 +97,7 @@ class Material:
         coded: the same, compressed.
         merged: the right result.
         values: the delta's tensors, as bytes; `rows` the rows that they are.
+        fingerprint: the base's, as the delta has it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -108,7 +109,7 @@ class Material:
         self.merged = merge(self.base, self.plain, root / "merged")
         delta = read_delta(self.plain)
         self.values = values(delta, open_checkpoint(self.base))
-        self.rows = delta.rows
+        self.rows, self.fingerprint = delta.rows, delta.base
 
 
 def values(delta: Delta, base: Checkpoint) -> dict[str, bytes]:
