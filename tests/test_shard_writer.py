@@ -16,7 +16,7 @@ from tests.deltas import NAMES, raw
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
-    "a": torch.arange(5, dtype=torch.float32),
+    "x": torch.arange(5, dtype=torch.float32),  # wide, so it goes first, whatever its name
     "empty": torch.zeros(0, 4, dtype=torch.float16),
     "c": torch.arange(64, dtype=torch.bfloat16),
     "ü": torch.ones(1, dtype=torch.float16),
@@ -89,4 +89,4 @@ def test_nothing_to_write_is_a_file_without_tensors(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"x\.safetensors: cannot write"):
-        write_shards(tmp_path / "gone", "x", [source("a", TENSORS["a"])])
+        write_shards(tmp_path / "gone", "x", [source("x", TENSORS["x"])])
