@@ -24,7 +24,11 @@ STYLES: dict[str, dict[str, Any]] = {
         "transposed": True,
     },
     "no gate": {"activation": relu2, "gated": False},
-    "a view": {"activation": lambda z: z[:, ::2]},
+    # Its result is a view, as is its gradient, without memory of their own.
+    "one sum for all": {
+        "activation": lambda z: z.sum(-1, keepdim=True).expand_as(z),
+        "gated": False,
+    },
 }
 
 

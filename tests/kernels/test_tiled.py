@@ -169,6 +169,7 @@ def test_agrees_with_the_grouped_path(style, monkeypatch):
         return [out, *grads]
 
     found, expected = outcome("triton"), outcome("grouped")
+    assert found[0].dtype == torch.float64
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert error(ours, theirs.double()) < 1e-6

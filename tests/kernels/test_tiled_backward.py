@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from esft_kernels import naive, tiled
-from expert_layers import direction, error, exact, inputs, leaves, run, whole_numbers
+from expert_layers import direction, each_tensor, error, exact, inputs, leaves, run, whole_numbers
 from guarded_memory import is_poison
 from tiled_layers import HIDDEN, INNER, layer, tokens
 from torch import Tensor
@@ -109,8 +109,15 @@ def test_gradients_of_an_fp32_bank_are_not_rounded_to_bf16():
 
 
 def test_a_gate_s_gradient_is_summed_in_fp32():
-    narrow, bank, d_out = whole_numbers(16, torch.bfloat16, torch.float32)
-    wide, wide_bank, wide_d_out = whole_numbers(16, torch.float64, torch.float64)
+    """bf16 holds the products of these whole numbers; nothing cancels, so not their sum."""
+
+    def positive(dtype: torch.dtype, gate_dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
+        (x, index, weight), bank, d_out = whole_numbers(16, dtype, gate_dtype)
+        few = torch.where(torch.arange(x.shape[1]) < 4, x.abs(), 0)
+        return [few, index, weight], each_tensor(bank, Tensor.abs), d_out.abs()
+
+    narrow, bank, d_out = positive(torch.bfloat16, torch.float32)
+    wide, wide_bank, wide_d_out = positive(torch.float64, torch.float64)
     (found,) = torch.autograd.grad(tiled.moe_mlp(*narrow, bank), narrow[2], d_out)
     (expected,) = torch.autograd.grad(naive.moe_mlp(*wide, wide_bank), wide[2], wide_d_out)
     assert found.dtype == torch.float32
