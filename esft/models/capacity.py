@@ -37,8 +37,8 @@ def within_capacity(
     queue = queue * counted_BS.repeat(1, K)[..., None]
     # Of each choice, how many of the same expert there are up to it; 0 for padding.
     place = (queue.cumsum(dim=1) * queue).sum(dim=-1)
-    # In float64, or a product such as 1.1 * 10 in fp32 would round up to 12.
-    room_B = torch.ceil(counted_BS.sum(dim=1).double() * K * factor / num_experts)
+    # 25 * 2.2 / 5 is 11.000000000000002 in binary, which is no room for a 12th token.
+    room_B = torch.ceil(counted_BS.sum(dim=1).double() * K * factor / num_experts - 1e-9)
     room_B = room_B.clamp(min=minimum)
     kept = (place > 0) & (place <= room_B[:, None])
     return kept.view(B, K, S).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -53,6 +54,14 @@ def test_capacity_is_the_plain_queue(factor: float, minimum: int, padded: bool) 
     expected = plain_capacity(index.tolist(), factor, minimum, real.bool().tolist())
     assert found.tolist() == expected
     assert found.all() == (factor == 8.0 and not padded)
+
+
+@pytest.mark.parametrize("factor", ["0.7", "1.1", "1.25", "1.3", "2.2"])
+def test_room_is_counted_in_decimals(factor: str) -> None:
+    """All want one expert: as many are kept as it has room for, whatever binary fractions say."""
+    for n in range(1, 120):
+        found = within_capacity(torch.zeros(1, n, 1, dtype=torch.int64), 5, float(factor), 0)
+        assert found.sum() == math.ceil(Fraction(factor) * n / 5), n
 
 
 def test_a_first_choice_goes_before_an_earlier_token_s_second() -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from esft.data.isolation import check_isolation
 from esft.labelled import labelled_logits
 from esft.models import MODELS
+from esft.models.decoder import counted
 from tests.models_of_ours.tiny_models import EXPERTS, NAMES, VOCAB, ids, tiny
 
 every = pytest.mark.parametrize("name", NAMES)
@@ -77,6 +78,13 @@ def test_esft_s_trainer_computes_logits_for_labelled_tokens_only(name: str) -> N
         assert found.logits.shape == (1, 10, VOCAB)
     with torch.no_grad():
         assert torch.allclose(found.loss, model(rows, labels=labels).loss, rtol=1e-6)
+
+
+def test_of_a_mask_that_has_the_cache_too_the_end_counts() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert torch.equal(counted(mask, 2), torch.tensor([[1, 1], [1, 0]]))
+    assert counted(None, 2) is None
+    assert counted(mask[:, None, None], 2) is None  # prepared for attention: tells of no padding
 
 
 @every
