@@ -90,17 +90,27 @@ def test_the_scores_are_those_of_stacked_experts(
         assert found[index].gate == pytest.approx(layer.gate, abs=1e-7)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    ("normalised", "always"), [(False, False), (True, False), (True, True), (False, True)]
+)
 def test_a_constant_factor_is_left_out_whether_or_not_the_router_applies_it(
-    base: Path, tmp_path: Path, normalised: bool
+    base: Path, tmp_path: Path, normalised: bool, always: bool
 ) -> None:
-    """DeepSeek-V2's own code multiplies by it only where it does not normalise."""
-    plain = with_own_code(base, tmp_path / "a", norm_topk_prob=normalised)
-    scaled = with_own_code(
-        base, tmp_path / "b", norm_topk_prob=normalised, routed_scaling_factor=2.5
-    )
+    """DeepSeek-V2's own code multiplies by it only where it does not normalise, V3's always."""
+    models = []
+    for name, factor in (("a", 1.0), ("b", 2.5)):
+        folder = with_own_code(
+            base, tmp_path / name, norm_topk_prob=normalised, routed_scaling_factor=factor
+        )
+        code = folder / "modeling_listed.py"
+        text = code.read_text()
+        conditional = "        else:\n            weight = weight * "
+        assert conditional in text
+        if always:
+            code.write_text(text.replace(conditional, "        weight = weight * "))
+        models.append(folder)
     with trusting_remote_code():
-        first, second = (profile(model, rows(tmp_path)).layers[1] for model in (plain, scaled))
+        first, second = (profile(model, rows(tmp_path)).layers[1] for model in models)
     assert second.gate == pytest.approx(first.gate, abs=1e-6)
     assert (sum(first.gate) == pytest.approx(1, abs=1e-5)) == normalised
 
