@@ -164,6 +164,17 @@ def test_nothing_but_the_selection_moves(name: str) -> None:
 
 
 @every
+def test_saving_an_attached_model_saves_an_ordinary_one(name: str, tmp_path: Path) -> None:
+    model = attach(tiny(name), Selection(experts=picked(name)))
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path)
+    saved, detached = load(tmp_path).state_dict(), detach(model).state_dict()
+    assert saved.keys() == detached.keys() == tiny(name).state_dict().keys()
+    for key, tensor in detached.items():
+        assert torch.equal(saved[key], tensor), key
+
+
+@every
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
 def test_the_merge_is_the_trained_model(name: str, shards: dict[str, Any], tmp_path: Path) -> None:
     base = tmp_path / "base"
