@@ -175,8 +175,8 @@ def compiled(launch: Launch, arch: str) -> dict[str, Any]:
     Returns:
         product (whether there is a matrix product in it); registers; stack (bytes a thread);
         shared (bytes a block); and numbers of instructions: tensor_core (HMMA or HGMMA), wgmma
-        (HGMMA), spill (LDL or STL), and copies to shared memory past the registers (LDGSTS):
-        wide_copies (of 16 bytes) and narrow_copies.
+        (HGMMA), spill (LDL or STL), wide_copies (16 bytes from global to shared memory, past the
+        registers: LDGSTS).
     """
     order = launch.kernel.arg_names
     source = ASTSource(
@@ -196,7 +196,6 @@ def compiled(launch: Launch, arch: str) -> dict[str, Any]:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
-    wide = count(r"\bLDGSTS\S*\.128")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "product": "tt.dot" in kernel.asm["ttir"],
@@ -206,8 +205,7 @@ def compiled(launch: Launch, arch: str) -> dict[str, Any]:
         "tensor_core": count(r"\bHG?MMA"),
         "wgmma": count(r"\bHGMMA"),
         "spill": count(r"\b(LDL|STL)"),
-        "wide_copies": wide,
-        "narrow_copies": count(r"\bLDGSTS") - wide,
+        "wide_copies": count(r"\bLDGSTS\S*\.128"),
     }
 
 
