@@ -15,7 +15,7 @@ from esft.evaluation import Evaluation, evaluate_model
 from esft.files import read_json, write_json
 from esft.generation import generate_text
 from esft.inference import load
-from esft.loading import TINY_MOE, TINY_MOE_FOLDER
+from esft.locating import TINY_MOE, TINY_MOE_FOLDER
 from esft.merging import Verification, merge, verify
 from esft.profiling import profile
 from esft.progress import SILENT, Reporter

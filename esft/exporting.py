@@ -16,7 +16,7 @@ from esft.dtypes import width
 from esft.errors import DeltaError
 from esft.files import new_folder, refuse_existing
 from esft.fingerprint import hash_tensor
-from esft.loading import resolve
+from esft.locating import resolve
 from esft.manifest import STEM, write_manifest
 from esft.official import write_official
 from esft.shard_writer import SHARD_SIZE, Source, write_shards

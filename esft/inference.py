@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from esft.delta import attach_delta
 from esft.errors import ModelError
-from esft.loading import load_model, load_tokenizer, resolve
+from esft.loading import load_model, load_tokenizer
+from esft.locating import resolve
 
 
 def load(

@@ -19,23 +19,7 @@ from transformers import (
 
 import esft.models  # noqa: F401  makes them known to the auto classes
 from esft.errors import ModelError
-from esft.locating import (
-    TINY_MOE,
-    TINY_MOE_FOLDER,
-    first_line,
-    resolve,
-    trusted,
-    trusting_remote_code,
-)
-
-__all__ = [
-    "DTYPES",
-    "TINY_MOE",
-    "TINY_MOE_FOLDER",
-    "auto_class",
-    "resolve",
-    "trusting_remote_code",
-]
+from esft.locating import first_line, resolve, trusted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,7 +18,7 @@ from esft.delta_weights import check_values, some_names, source_of
 from esft.errors import DeltaError, EsftError, ModelError, SelectionError
 from esft.files import new_folder, read_json, refuse_existing, write_json
 from esft.fingerprint import fingerprint, tokenizer_digest
-from esft.loading import resolve
+from esft.locating import resolve
 from esft.manifest import STEM, check_fits, write_manifest
 from esft.selection import Selection
 from esft.shard_writer import SHARD_SIZE, write_shards

@@ -19,7 +19,8 @@ from esft.data.rows import Row, read_rows
 from esft.diagnostics import routing
 from esft.errors import DataError
 from esft.layer_scores import HalfScores, LayerScores
-from esft.loading import load_config, load_model, load_skeleton, load_tokenizer, resolve
+from esft.loading import load_config, load_model, load_skeleton, load_tokenizer
+from esft.locating import resolve
 from esft.moe import anatomy, moe_layers, text_config
 from esft.progress import SILENT, Reporter
 from esft.routing import HALVES, NOT_COUNTED, RoutingSums

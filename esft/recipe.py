@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from esft.errors import RecipeError, SelectionError, nearest
-from esft.loading import TINY_MOE
+from esft.locating import TINY_MOE
 from esft.recipe_text import Key, Override, Places, parse_override, read_mapping, to_yaml
 from esft.selection_rule import METRICS, make_rule
 from esft.training_fields import check_training

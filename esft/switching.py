@@ -21,7 +21,7 @@ from transformers.integrations.moe import ExpertsInterface
 from esft.delta import Delta, read_delta
 from esft.errors import DeltaError, ModelError, nearest
 from esft.layouts.interface import InterfaceLayout, expert_bank
-from esft.loading import resolve
+from esft.locating import resolve
 from esft.moe import MoeLayer, moe_layers
 from esft.names import Part, layer_parts
 from esft.shards import open_checkpoint

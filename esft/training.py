@@ -24,7 +24,8 @@ from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, sha256_file, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
 from esft.inference import check_vocabulary
-from esft.loading import load_model, load_tokenizer, refuse_quantised, resolve
+from esft.loading import load_model, load_tokenizer, refuse_quantised
+from esft.locating import resolve
 from esft.methods import ExpertMethod, FullMethod, LoraMethod, Method
 from esft.moe import inspect, trainable_parameters
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes

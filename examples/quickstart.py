@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import esft
-from esft.loading import TINY_MOE_FOLDER
+from esft.locating import TINY_MOE_FOLDER
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200

@@ -8,7 +8,7 @@ import pytest
 from command import ROOT, esft, esft_process, python_process, refusal
 from safetensors.torch import load_file
 
-from esft.loading import TINY_MOE_FOLDER
+from esft.locating import TINY_MOE_FOLDER
 from esft.recipe import read_recipe
 
 

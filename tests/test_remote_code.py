@@ -18,7 +18,8 @@ from esft.delta import attach_delta, write_delta
 from esft.errors import ModelError
 from esft.experts import attach, attached_layers, detach
 from esft.fingerprint import fingerprint
-from esft.loading import load_model, load_skeleton, trusting_remote_code
+from esft.loading import load_model, load_skeleton
+from esft.locating import trusting_remote_code
 from esft.merging import merge, verify
 from esft.moe import inspect, moe_layers
 from esft.profiling import profile

@@ -34,7 +34,7 @@ Dtype = Annotated[
 
 def _trust(context: typer.Context, value: bool) -> bool:
     if value:
-        from esft.loading import trusting_remote_code
+        from esft.locating import trusting_remote_code
 
         context.with_resource(trusting_remote_code())
     return value

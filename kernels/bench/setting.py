@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from esft.data.encode import Example, encode_rows
 from esft.data.packing import collate, pack
 from esft.data.rows import read_rows
-from esft.loading import DTYPES, TINY_MOE, TINY_MOE_FOLDER, load_model, load_tokenizer
+from esft.loading import DTYPES, load_model, load_tokenizer
+from esft.locating import TINY_MOE, TINY_MOE_FOLDER
 
 MODELS = (TINY_MOE, "qwen3-moe")
 TASK = TINY_MOE_FOLDER / "tasks" / "swedish" / "train.jsonl"

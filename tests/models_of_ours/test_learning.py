@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from esft.loading import TINY_MOE_FOLDER
+from esft.locating import TINY_MOE_FOLDER
 from tests.models_of_ours.tiny_models import fresh
 
 STEPS, ROWS, LENGTH = 200, 8, 64
