@@ -19,12 +19,19 @@ from esft.errors import ModelError
 from esft.layouts import Layout, find_layout
 from esft.loading import load_skeleton
 
-# Why families of transformers that have routed experts are refused. A family is also refused,
-# with a general reason, when its config counts experts but no module is known to hold them.
+# Why families of transformers that have routed experts are refused, by the type of their language
+# model's config. A family is also refused, with a general reason, when its config counts experts
+# but no module is known to hold them.
 _REFUSED = {
     "nllb-moe": "in transformers all tokens go to its experts 0 and 1, whatever its routers choose "
     "(NllbMoeExperts takes a mask for expert ids)",
     "doge": "its experts are embedding rows, looked up by product keys, not feed-forward networks",
+    "diffusion_gemma_text": "it fills a canvas of noise instead of going on with a text, and is not "
+    "trained on the next token",
+    "ernie4_5_vl_moe_text": "a checkpoint has a layer's experts for text and those for images in one "
+    "list, which transformers splits when it loads them: esft cannot tell which files hold what",
+    "muse_spark_text": "each expert's output goes through a norm before it is weighed, which esft's "
+    "kernels do not have",
 }
 _EXPERT_COUNTS = (
     "num_experts",
@@ -154,7 +161,7 @@ def moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
     modules = dict(model.named_modules())
     config = text_config(model)
     layouts = [layout for name in modules if (layout := find_layout(name, modules)) is not None]
-    if not layouts:
+    if not layouts or config.model_type in _REFUSED:
         raise ModelError(_why_refused(config))
     numbers = _numbers([layout.name for layout in layouts], modules)
     layers = [
