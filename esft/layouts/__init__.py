@@ -11,13 +11,14 @@ from esft.layouts.interface import InterfaceLayout
 from esft.layouts.layout import Layout
 from esft.layouts.modules import ModulesLayout
 from esft.layouts.projection import ProjectionLayout
-from esft.layouts.stacks import DbrxLayout, JetMoeLayout, LongcatLayout
+from esft.layouts.stacks import DbrxLayout, JetMoeLayout, LongcatLayout, Step3Layout
 
 _LAYOUTS: tuple[type[Layout], ...] = (
     InterfaceLayout,
     GatedInputLayout,
     DbrxLayout,
     LongcatLayout,
+    Step3Layout,
     JetMoeLayout,
     ProjectionLayout,
     ModulesLayout,

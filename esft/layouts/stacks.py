@@ -134,6 +134,13 @@ class LongcatLayout(StacksLayout):
         return {"gate_up_proj": total, "down_proj": self.num_experts}
 
 
+class Step3Layout(StacksLayout):
+    """Step-3.5 and 3.7: stacks as behind the experts interface, called as there, but outside it."""
+
+    class_name = "Step3p7Experts"
+    paths = ("gate_up_proj", "down_proj")
+
+
 class JetMoeLayout(StacksLayout):
     """JetMoE's feed-forward experts: two `JetMoeParallelExperts` in the block itself.
 
