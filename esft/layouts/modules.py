@@ -165,6 +165,11 @@ class SwitchLayout(ModulesLayout):
 
         def chosen(module: Any, _args: Any, output: Any) -> None:
             _, gate_BS1, logits_BSE = output
+            if logits_BSE.shape[-1] != self.num_experts:
+                raise ModelError(
+                    f"{self.name}: this version of transformers has routers of Switch Transformers "
+                    f"that do not return their logits; cannot be profiled, use a newer one"
+                )
             # As the router does it, before it looks at capacities.
             likely_BSE = logits_BSE.softmax(-1).to(module.input_dtype)
             seen(likely_BSE.argmax(-1, keepdim=True), gate_BS1)
