@@ -32,6 +32,7 @@ class Family:
             `text_config` then.
         top_k: K.
         refused: why esft does not train it.
+        since: the oldest version of transformers tested, where an older one is known not to do.
         note: for the page.
     """
 
@@ -45,6 +46,7 @@ class Family:
     parts: Mapping[str, Any] = field(default_factory=dict)
     top_k: int = TOP_K
     refused: str | None = None
+    since: str | None = None
     note: str = ""
 
     @property
@@ -181,9 +183,12 @@ FAMILIES: dict[str, Family] = {
         "fused",
         shared=True,
         mass=1,
+        since="5.23",
         parts=_reads(vision={"model_type": "idefics3_vision"}),
     ),
-    "aria_text": Family(CONFIGS["aria_text"], TOPK_SOFTMAX, "fused", shared=True, mass=1),
+    "aria_text": Family(
+        CONFIGS["aria_text"], TOPK_SOFTMAX, "fused", shared=True, mass=1, since="5.23"
+    ),
     "axk1": Family(_LATENT | {"head_dim": 8}, V3, shared=True, mass=1, scale=2.5),
     "axk2": Family(_LATENT | _INDEXED | {"gated_norm_rank": 4}, V3, shared=True, mass=1, scale=2.5),
     "bailing_hybrid": Family(_LATENT | _MIXED, V3, shared=True, mass=1, scale=2.5, packs=False),
@@ -222,6 +227,7 @@ FAMILIES: dict[str, Family] = {
         },
         "sqrt-softplus, biased top-k (first layers: by token id), normalised",
         shared=True,
+        since="5.23",
         mass=1,
         scale=2.5,
     ),
@@ -516,6 +522,7 @@ FAMILIES: dict[str, Family] = {
             "expert_capacity": EXPERTS,
         },
         "softmax, top-1",
+        since="5.23",
         top_k=1,
         packs=False,
         note="by the Python API: `esft.attach`, `esft.pairs.profile_pairs`",

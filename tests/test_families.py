@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -52,6 +53,8 @@ def config_of(name: str) -> Any:
     if name not in CONFIG_MAPPING_NAMES:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     family = FAMILIES[name]
+    if family.since and Version(transformers.__version__) < Version(family.since):
+        pytest.skip(f"{name} needs transformers {family.since}, see docs/families.md")
     fields = SIZES | dict(family.fields)
     if family.parts:
         return AutoConfig.for_model(name, text_config=fields, **family.parts)

@@ -25,6 +25,7 @@ installed transformers has a family that is not in this table.
   transformers saves it.
 - **router**: how it makes weights of logits; [families-gates.md](families-gates.md) says what the
   gate value is.
+  "Normalised" is, in many families, up to the configuration (`norm_topk_prob`).
 - **packed rows**: `no` where transformers does not keep packed rows apart; set
   `data.packing: false`, which `esft train` asks for by itself.
 
@@ -45,7 +46,8 @@ def render(version: str) -> str:
 
 def _line(name: str, family: Family) -> str:
     if family.refused is None:
-        status = "yes" + (f": {family.note}" if family.note else "")
+        needs = f"transformers {family.since} or later" if family.since else ""
+        status = "; ".join(filter(None, ["yes", needs, family.note]))
         packs = "yes" if family.packs else "no"
         shared = "yes" if family.shared else "no"
     else:
