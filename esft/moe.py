@@ -26,12 +26,12 @@ _REFUSED = {
     "nllb-moe": "in transformers all tokens go to its experts 0 and 1, whatever its routers choose "
     "(NllbMoeExperts takes a mask for expert ids)",
     "doge": "its experts are embedding rows, looked up by product keys, not feed-forward networks",
-    "diffusion_gemma_text": "it fills a canvas of noise instead of going on with a text, and is not "
-    "trained on the next token",
-    "ernie4_5_vl_moe_text": "a checkpoint has a layer's experts for text and those for images in one "
-    "list, which transformers splits when it loads them: esft cannot tell which files hold what",
-    "muse_spark_text": "each expert's output goes through a norm before it is weighed, which esft's "
-    "kernels do not have",
+    "diffusion_gemma_text": "it fills a canvas of noise instead of going on with a text, and is "
+    "not trained on the next token",
+    "ernie4_5_vl_moe_text": "a checkpoint has a layer's experts for text and those for images in "
+    "one list, which transformers splits when it loads them: esft cannot tell which files hold what",
+    "muse_spark_text": "each expert's output goes through a norm before it is weighed, which "
+    "esft's kernels do not have",
 }
 _EXPERT_COUNTS = (
     "num_experts",
