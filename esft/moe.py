@@ -29,7 +29,8 @@ _REFUSED = {
     "diffusion_gemma_text": "it fills a canvas of noise instead of going on with a text, and is "
     "not trained on the next token",
     "ernie4_5_vl_moe_text": "a checkpoint has a layer's experts for text and those for images in "
-    "one list, which transformers splits when it loads them: esft cannot tell which files hold what",
+    "one list, which transformers splits when it loads them: esft cannot tell which files hold "
+    "what",
     "muse_spark_text": "each expert's output goes through a norm before it is weighed, which "
     "esft's kernels do not have",
 }
