@@ -14,22 +14,12 @@ from torch import nn
 
 from esft.banks import TrainedExperts
 from esft.errors import ModelError, SelectionError
-from esft.layouts.interface import IMPLEMENTATION, expert_bank
 from esft.moe import MoeLayer, moe_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from esft.selection import Selection
-
-__all__ = [
-    "IMPLEMENTATION",
-    "AttachedLayer",
-    "attach",
-    "attached_layers",
-    "detach",
-    "expert_bank",
-]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from esft.layouts.layout import (
     check_stacks,
     is_a,
     parent,
-    show_stacks,
+    restore_stacks,
     slices,
+    split_stacks,
     stack_shapes,
 )
 
@@ -57,24 +58,12 @@ class GatedInputLayout(Layout):
 
     def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
         """See `Layout.attach`."""
-        experts, block = self.experts, self.block
-        stacks = dict(experts.named_parameters(recurse=False))
-        banks = AttachedExperts(stacks, selected, param_dtype, self.num_experts)
-        for name in stacks:
-            del experts._parameters[name]
-        experts.esft = banks
-        banks.hooks = [show_stacks(experts)]
-        block.forward = MethodType(_block_forward, block)
+        split_stacks(self.experts, selected, param_dtype, self.num_experts)
+        self.block.forward = MethodType(_block_forward, self.block)
 
     def detach(self) -> None:
         """See `Layout.detach`."""
-        experts: Any = self.experts
-        banks: AttachedExperts = experts.esft
-        for name in banks.names:
-            weight = nn.Parameter(banks.stacked(name), requires_grad=False)
-            experts.register_parameter(name, weight)
-        banks.unhook()
-        del experts.esft
+        restore_stacks(self.experts)
         del self.block.forward  # of the object; that of its class comes back
 
     def refuse_unsupported(self) -> None:

@@ -21,8 +21,9 @@ from esft.layouts.layout import (
     before_experts,
     check_stacks,
     parent,
-    show_stacks,
+    restore_stacks,
     slices,
+    split_stacks,
     stack_shapes,
 )
 
@@ -72,12 +73,7 @@ class InterfaceLayout(Layout):
     def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
         """See `Layout.attach`."""
         experts = self.experts
-        stacks = dict(experts.named_parameters(recurse=False))
-        banks = AttachedExperts(stacks, selected, param_dtype, self.num_experts)
-        for name in stacks:
-            del experts._parameters[name]
-        experts.esft = banks
-        banks.hooks = [show_stacks(experts)]
+        banks = split_stacks(experts, selected, param_dtype, self.num_experts)
         # The interface dispatches on the module's config: with a copy of its own, this layer alone
         # changes, and the model's config keeps what the user asked for.
         banks.original_config = experts.config
@@ -88,13 +84,8 @@ class InterfaceLayout(Layout):
     def detach(self) -> None:
         """See `Layout.detach`."""
         experts: Any = self.experts
-        banks: AttachedExperts = experts.esft
-        for name in banks.names:
-            weight = nn.Parameter(banks.stacked(name), requires_grad=False)
-            experts.register_parameter(name, weight)
-        experts.config = banks.original_config
-        banks.unhook()
-        del experts.esft
+        experts.config = experts.esft.original_config
+        restore_stacks(experts)
 
     def refuse_unsupported(self) -> None:
         """See `Layout.refuse_unsupported`."""

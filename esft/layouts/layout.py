@@ -174,6 +174,28 @@ def slices(stacks: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
     return {name: stack.detach().unbind() for name, stack in stacks.items()}
 
 
+def split_stacks(
+    host: nn.Module, selected: list[int], param_dtype: torch.dtype, num_experts: int
+) -> AttachedExperts:
+    """Replace a module's own stacks `[E, ...]` by two banks, as `host.esft`, and return these."""
+    stacks = dict(host.named_parameters(recurse=False))
+    banks = AttachedExperts(stacks, selected, param_dtype, num_experts)
+    for name in stacks:
+        del host._parameters[name]
+    host.esft = banks
+    banks.hooks = [show_stacks(host)]
+    return banks
+
+
+def restore_stacks(host: nn.Module) -> None:
+    """Undo `split_stacks`; trained weights are put back in the frozen ones' dtype."""
+    banks: AttachedExperts = host.esft  # type: ignore[assignment]
+    for name in banks.names:
+        host.register_parameter(name, nn.Parameter(banks.stacked(name), requires_grad=False))
+    banks.unhook()
+    del host.esft
+
+
 def show_stacks(host: nn.Module, each: int | None = None) -> RemovableHandle:
     """Show attached stacks under their own names in a state dict, so that it can be saved.
 

@@ -20,6 +20,7 @@ from esft.models.decoder import Decoder, DecoderForCausalLM, DecoderLayer, MoePr
 from esft.models.experts import GatedExperts
 from esft.models.losses import load_balance_loss
 from esft.models.rotary import Angles
+from esft.models.router import router_logits
 
 
 class Grok1Config(PreTrainedConfig):
@@ -85,8 +86,7 @@ class Grok1Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits `[T, E]`, weights `[T, K]` and expert ids `[T, K]`; in fp32 at least."""
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = x_TH.to(wide) @ self.weight.to(wide).T
+        logits_TE = router_logits(x_TH, self.weight)
         weight_TK, index_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
         return logits_TE, weight_TK.to(x_TH.dtype), index_TK
 

@@ -23,6 +23,7 @@ from esft.models.experts import PlainExperts
 from esft.models.losses import usage_entropy
 from esft.models.projection import ProjectionExperts
 from esft.models.rotary import Angles
+from esft.models.router import router_logits
 from esft.models.switchhead import HeadRouter, SwitchHead
 
 
@@ -97,8 +98,7 @@ class SigmaRouter(nn.Module):
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits `[T, E]`, weights `[T, K]` and expert ids `[T, K]`; in fp32 at least."""
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = x_TH.to(wide) @ self.weight.to(wide).T
+        logits_TE = router_logits(x_TH, self.weight)
         weight_TK, index_TK = logits_TE.sigmoid().topk(self.top_k, dim=-1)
         return logits_TE, weight_TK.to(x_TH.dtype), index_TK
 

@@ -20,6 +20,7 @@ from esft.models.experts import GatedExperts
 from esft.models.losses import load_balance_loss, router_z_loss
 from esft.models.mlp import GatedMlp
 from esft.models.rotary import Angles
+from esft.models.router import router_logits
 
 
 class OpenMoeConfig(PreTrainedConfig):
@@ -102,8 +103,7 @@ class OpenMoeRouter(nn.Module):
         self, x_BSH: Tensor, counted_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits `[T, E]`, weights `[T, K]` and expert ids `[T, K]`; in fp32 at least."""
-        wide = torch.promote_types(x_BSH.dtype, torch.float32)
-        logits = x_BSH.to(wide) @ self.weight.to(wide).T
+        logits = router_logits(x_BSH, self.weight)
         weight, index = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
         if self.normalise:
             weight = weight / weight.sum(dim=-1, keepdim=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from esft.models.attention import attend
 from esft.models.projection import ProjectionExperts
 from esft.models.rotary import Angles, rotate
+from esft.models.router import router_logits
 
 
 class HeadRouter(nn.Module):
@@ -30,8 +31,7 @@ class HeadRouter(nn.Module):
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits `[T, E]`, and weights and expert ids head by head, `[T, A * k]`."""
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = x_TH.to(wide) @ self.weight.to(wide).T
+        logits_TE = router_logits(x_TH, self.weight)
         score_TAE = logits_TE.unflatten(-1, (self.heads, self.experts)).sigmoid()
         weight_TAK, index_TAK = score_TAE.topk(self.each, dim=-1)
         first = torch.arange(0, self.heads * self.experts, self.experts, device=x_TH.device)
