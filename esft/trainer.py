@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from esft import checkpoint
 from esft.errors import EsftError
 from esft.evaluation import evaluate_model
-from esft.files import append_line, write_text
+from esft.files import write_text
 from esft.labelled import labelled_logits
 from esft.moe import trainable_parameters
-from esft.progress import SILENT, Reporter, Task
+from esft.progress import SILENT, Reporter
+from esft.training_log import Metrics, Progress, diverged, log_line
 
 KEPT_CHECKPOINTS = 2  # unless save_total_limit says otherwise
 
@@ -60,10 +59,10 @@ class EsftTrainer(Trainer):
         self.checkpoints, self.guard = checkpoints, guard
         self.metrics = metrics
         self.tokens_seen = 0
-        self._progress = _Progress(self, reporter)
+        self._progress = Progress(self, reporter)
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
-        self.add_callback(_Metrics(metrics))
+        self.add_callback(Metrics(metrics))
         self.add_callback(self._progress)
 
     def run(self, saved: checkpoint.SavedState | None = None) -> Trained:
@@ -78,7 +77,7 @@ class EsftTrainer(Trainer):
                 return self._trained(self.train())
             state = TrainerState.load_from_json(str(saved.folder / checkpoint.TRAINER))
             # Steps after the checkpoint are logged again.
-            write_text(self.metrics, "".join(_line(logs) for logs in state.log_history))
+            write_text(self.metrics, "".join(log_line(logs) for logs in state.log_history))
             if state.global_step >= state.max_steps:
                 # Killed after its last step; transformers would do one more.
                 checkpoint.restore_parameters(saved, self.model)
@@ -129,7 +128,7 @@ class EsftTrainer(Trainer):
         # Or it would in time replace the last checkpoint that is worth resuming from.
         for name, parameter in trainable_parameters(self.model).items():
             if not parameter.isfinite().all():
-                raise _diverged(self.state.global_step, f"{name} has NaN or infinite values")
+                raise diverged(self.state.global_step, f"{name} has NaN or infinite values")
         checkpoint.save(
             self.checkpoints,
             step=self.state.global_step,
@@ -156,75 +155,5 @@ class EsftTrainer(Trainer):
         """No gradient scaler is used: fp16 is not trained."""
 
 
-class _Metrics(TrainerCallback):
-    """Writes everything logged to a file; stops a run whose loss is no number."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        logs = logs or {}
-        for name, value in logs.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise _diverged(state.global_step, f"{name} is {value}")
-        append_line(self._path, _line({**logs, "step": state.global_step}).rstrip())
-
-
-class _Progress(TrainerCallback):
-    """Shows steps, loss and tokens/s."""
-
-    def __init__(self, trainer: EsftTrainer, reporter: Reporter) -> None:
-        self._trainer, self._reporter = trainer, reporter
-        self._task = Task()
-        self._figures: dict[str, float] = {}
-        self._tokens = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._task = self._reporter.task("training", total=state.max_steps, unit="step")
-        if state.global_step:
-            self._task.advance(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        shown = {"loss": "loss", "eval_loss": "eval loss", "eval_exact_match": "exact match"}
-        self._figures |= {shown[k]: v for k, v in (logs or {}).items() if k in shown}
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        tokens, self._tokens = self._trainer.tokens_seen - self._tokens, self._trainer.tokens_seen
-        self._task.advance(1, tokens=tokens, **self._figures)
-
-    def close(self) -> None:
-        """End what is shown, however training ended."""
-        self._task.close()
-
-
 def _at(folder: str) -> checkpoint.SavedState:
     return checkpoint.SavedState(Path(folder))
-
-
-def _diverged(step: int, what: str) -> EsftError:
-    return EsftError(
-        f"step {step}: {what}; the run has diverged and is stopped; try a lower "
-        f"training.learning_rate"
-    )
-
-
-def _line(logs: dict[str, float]) -> str:
-    return json.dumps({"step": logs["step"], **logs}) + "\n"

@@ -15,28 +15,29 @@ from torch import nn
 from transformers import set_seed
 
 from esft.checkpoint import SavedState, check, last
-from esft.data.encode import Example, encode_rows
 from esft.data.isolation import check_isolation
-from esft.data.packing import TrainSet, collate, pack, separate
-from esft.data.rows import read_rows
+from esft.data.packing import collate
 from esft.errors import EsftError, OutputError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
-from esft.files import new_folder, refuse_existing, sha256_file, write_text
+from esft.files import new_folder, refuse_existing, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
+from esft.guard import guard
 from esft.inference import check_vocabulary
 from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
-from esft.methods import ExpertMethod, FullMethod, LoraMethod, Method
+from esft.methods import make_method
 from esft.moe import inspect, trainable_parameters
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
-from esft.recipe import LoraSpec, Recipe, SelectionSpec, make_recipe, read_recipe
+from esft.recipe import make_recipe, read_recipe
+from esft.recipe_sections import Recipe, SelectionSpec
 from esft.report.card import run_card
 from esft.run_result import RunResult
 from esft.scores import Scores
 from esft.selection import Selection, select
 from esft.selection_rule import choose_layers, make_rule
 from esft.shards import open_checkpoint
+from esft.task_data import prepare
 from esft.trainer import EsftTrainer
 from esft.training_fields import training_arguments, with_defaults
 
@@ -103,12 +104,7 @@ class _Run:
         base = open_checkpoint(self.folder)
         self.selection = self._given_selection()
         self.tokenizer = load_tokenizer(self.folder)
-        self.rows = read_rows(recipe.data.train)
-        examples = encode_rows(self.rows, self.tokenizer, reporter=reporter)
-        self.train_set = _train_set(recipe, examples, self.tokenizer, reporter)
-        self.eval_examples = (
-            encode_rows(read_rows(recipe.data.eval), self.tokenizer) if recipe.data.eval else []
-        )
+        self.data = prepare(recipe.data, self.tokenizer, reporter=reporter)
         # Read before training: should the base change or vanish meanwhile, nothing is lost.
         self.base = fingerprint(base)
         self.tokenizer_digest = tokenizer_digest(self.folder)
@@ -119,14 +115,14 @@ class _Run:
         """Do it. See the module's `train`."""
         set_seed(self.arguments.seed)
         model = load_model(self.folder, device=self.recipe.device, dtype=self.recipe.dtype)
-        if self.train_set.packed:
+        if self.data.train_set.packed:
             check_isolation(model)
         check_vocabulary(self.tokenizer, model, self.folder)
         scores = None
         if self.recipe.trains_experts and self.selection is None:
             scores = self._profile(model)
             self.selection = select(scores, **self._rule().rule())
-        method = _method(self.recipe, self.selection)
+        method = make_method(self.recipe, self.selection)
         prepared = method.prepare(model)
         method.check(prepared, self.base)
         trained = sum(p.numel() for p in trainable_parameters(prepared).values())
@@ -142,8 +138,8 @@ class _Run:
         outcome = trainer.run(self.saved)
         seconds = time.monotonic() - start
         evaluation = (
-            evaluate_model(prepared, self.eval_examples, reporter=self.reporter)
-            if self.eval_examples
+            evaluate_model(prepared, self.data.eval_examples, reporter=self.reporter)
+            if self.data.eval_examples
             else None
         )
         with new_folder(self.out / DELTA) as folder:
@@ -176,9 +172,9 @@ class _Run:
                 reporter=self.reporter,
                 model=prepared,
                 args=self.arguments,
-                train_dataset=self.train_set,
-                eval_dataset=self.eval_examples,
-                data_collator=functools.partial(collate, pad_id=_pad_id(self.tokenizer)),
+                train_dataset=self.data.train_set,
+                eval_dataset=self.data.eval_examples,
+                data_collator=functools.partial(collate, pad_id=self.data.pad_id),
             )
             # Now instead of in its `train`: an optimizer may be unknown or not installed.
             trainer.create_optimizer()
@@ -219,7 +215,7 @@ class _Run:
         spec = self._rule()
         seq_len = context_length(model, spec.seq_len)
         drawn = sample_rows(
-            self.rows, self.tokenizer, tokens=spec.tokens, seq_len=seq_len, seed=spec.seed
+            self.data.rows, self.tokenizer, tokens=spec.tokens, seq_len=seq_len, seed=spec.seed
         )
         return profile_model(
             model,
@@ -231,22 +227,7 @@ class _Run:
         )
 
     def _guard(self) -> dict[str, Any]:
-        """Return what must be the same when the run is resumed."""
-        # Where files lie may change; what is in them may not.
-        elsewhere = {"device", "model", "data"}
-        if isinstance(self.recipe.selection, str):
-            elsewhere.add("selection")
-        data = self.recipe.data
-        return {
-            "recipe": self.recipe.model_dump(exclude=elsewhere),
-            "base": self.base,
-            "data": data.model_dump(exclude={"train", "eval"})
-            | {
-                "train": sha256_file(Path(data.train)),
-                "eval": sha256_file(Path(data.eval)) if data.eval else None,
-            },
-            "selection": None if self.selection is None else self.selection.to_dict()["experts"],
-        }
+        return guard(self.recipe, self.base, self.selection)
 
     def _about(self, steps: int, evaluation: Evaluation | None) -> dict[str, Any]:
         """Return what the delta's manifest says of the run."""
@@ -277,35 +258,6 @@ class _Run:
         # Nothing may fail now that training is done, not even where somebody tidied up.
         sample = Scores.read(file).sample if file.is_file() else {}
         return {"data": self.recipe.data.train, "sample": sample}
-
-
-def _train_set(
-    recipe: Recipe, examples: list[Example], tokenizer: Any, reporter: Reporter
-) -> TrainSet:
-    data = recipe.data
-    if data.packing:
-        return pack(
-            examples,
-            data.max_length,
-            pad_id=_pad_id(tokenizer),
-            loss_on=data.loss_on,
-            reporter=reporter,
-        )
-    return separate(examples, data.max_length, loss_on=data.loss_on, reporter=reporter)
-
-
-def _pad_id(tokenizer: Any) -> int:
-    # Padding is marked by position, never by id, so any id will do.
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
-def _method(recipe: Recipe, selection: Selection | None) -> Method:
-    if recipe.method == "lora":
-        return LoraMethod(recipe.lora or LoraSpec())
-    if recipe.method == "full":
-        return FullMethod()
-    assert selection is not None
-    return ExpertMethod(selection, name=recipe.method, param_dtype=recipe.param_dtype)
 
 
 def _peak_memory(device: torch.device) -> int:

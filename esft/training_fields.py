@@ -17,7 +17,7 @@ from esft.recipe_text import Places
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from esft.recipe import Recipe
+    from esft.recipe_sections import Recipe
 
 # Where a recipe is silent. The learning rates are the paper's for its 16 B model
 # (arXiv 2407.01906, section 4.1).

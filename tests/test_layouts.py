@@ -21,7 +21,7 @@ from esft.experts import attach, attached_layers, detach
 from esft.merging import merge, verify
 from esft.methods import LoraMethod
 from esft.moe import inspect, moe_layers, trainable_parameters
-from esft.recipe import LoraSpec
+from esft.recipe_sections import LoraSpec
 from esft.selection import Selection
 from esft.training import train
 from tests.checkpoints import save_tiny

@@ -18,7 +18,7 @@ from esft.moe import moe_layers, trainable_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from esft.recipe import LoraSpec
+    from esft.recipe_sections import LoraSpec
 
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output's

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 if TYPE_CHECKING:
-    from esft.recipe import Recipe
+    from esft.recipe_sections import Recipe
     from esft.run_result import RunResult
     from esft.selection import Selection
 

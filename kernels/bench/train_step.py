@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from esft.methods import ExpertMethod, FullMethod, LoraMethod, Method
 from esft.profiling import profile_model
-from esft.recipe import LoraSpec
+from esft.recipe_sections import LoraSpec
 from esft.scores import Scores
 from esft.selection import Selection, select
 

@@ -25,7 +25,7 @@ TABLE = {
     "I4": 6,
     "more": 28,
 }
-_CASE = re.compile(r"tests/faults/test_\w+\.py::test_(s[1-7]|i[1-4]|more)_")
+_CASE = re.compile(r"tests/faults/test_\w+\.py::test_([a-z]\d|more)_")
 
 
 @pytest.fixture(scope="session")

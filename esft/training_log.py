@@ -1,0 +1,96 @@
+"""What a training run tells while it runs: lines in `metrics.jsonl`, and progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from esft.errors import EsftError
+from esft.files import append_line
+from esft.progress import Reporter, Task
+
+
+class CountsTokens(Protocol):
+    """A trainer that counts what it trains on."""
+
+    tokens_seen: int
+
+
+class Metrics(TrainerCallback):
+    """Writes everything logged to a file; stops a run whose loss is no number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write a line."""
+        logs = logs or {}
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise diverged(state.global_step, f"{name} is {value}")
+        append_line(self._path, log_line({**logs, "step": state.global_step}).rstrip())
+
+
+class Progress(TrainerCallback):
+    """Shows steps, loss and tokens/s."""
+
+    def __init__(self, trainer: CountsTokens, reporter: Reporter) -> None:
+        self._trainer, self._reporter = trainer, reporter
+        self._task = Task()
+        self._figures: dict[str, float] = {}
+        self._tokens = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the task."""
+        self._task = self._reporter.task("training", total=state.max_steps, unit="step")
+        if state.global_step:
+            self._task.advance(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Remember what is shown beside the bar."""
+        shown = {"loss": "loss", "eval_loss": "eval loss", "eval_exact_match": "exact match"}
+        self._figures |= {shown[k]: v for k, v in (logs or {}).items() if k in shown}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the step."""
+        tokens, self._tokens = self._trainer.tokens_seen - self._tokens, self._trainer.tokens_seen
+        self._task.advance(1, tokens=tokens, **self._figures)
+
+    def close(self) -> None:
+        """End what is shown, however training ended."""
+        self._task.close()
+
+
+def diverged(step: int, what: str) -> EsftError:
+    """Return the error that stops a run at a step, and why."""
+    return EsftError(
+        f"step {step}: {what}; the run has diverged and is stopped; try a lower "
+        f"training.learning_rate"
+    )
+
+
+def log_line(logs: dict[str, float]) -> str:
+    """Return what was logged as a line of `metrics.jsonl`, its step first."""
+    return json.dumps({"step": logs["step"], **logs}) + "\n"
