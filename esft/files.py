@@ -39,8 +39,13 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path, what: str = "file") -> Any:
+def read_json(path: Path, what: str = "file", error: type[EsftError] = EsftError) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+        error: what is raised.
 
     Raises:
         EsftError: the file is missing, is not UTF-8 or is not JSON; the message says where.
@@ -48,15 +53,15 @@ def read_json(path: Path, what: str = "file") -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise EsftError(f"{path}: no such {what}") from None
-    except OSError as error:
-        raise EsftError(f"{path}: cannot read this {what}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise EsftError(f"{path}: this {what} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise EsftError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number too long
-        raise EsftError(f"{path}: not usable JSON: {error}") from None
+        raise error(f"{path}: no such {what}") from None
+    except OSError as found:
+        raise error(f"{path}: cannot read this {what}: {found.strerror}") from None
+    except UnicodeDecodeError as found:
+        raise error(f"{path}: this {what} is not UTF-8 text (byte {found.start})") from None
+    except json.JSONDecodeError as found:
+        raise error(f"{path}:{found.lineno}: not JSON: {found.msg}") from None
+    except (RecursionError, ValueError) as found:  # nested too deep; a number too long
+        raise error(f"{path}: not usable JSON: {found}") from None
 
 
 def write_text(path: Path, text: str) -> None:

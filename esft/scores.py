@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from esft.errors import EsftError, SelectionError
+from esft.errors import SelectionError
 from esft.files import read_json, write_json
 from esft.layer_scores import LayerScores, count, known_keys, mapping, number, score_row
 
@@ -68,12 +68,8 @@ class Scores:
             SelectionError: the file is missing, damaged or of another kind; the message names
                 the file, the layer and the key.
         """
-        try:
-            return cls.from_dict(read_json(Path(path), "scores file"), where=str(path))
-        except SelectionError:
-            raise
-        except EsftError as error:
-            raise SelectionError(str(error)) from None
+        content = read_json(Path(path), "scores file", SelectionError)
+        return cls.from_dict(content, where=str(path))
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "scores") -> Self:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from esft.cutoff import until_p
-from esft.errors import EsftError, SelectionError, nearest
+from esft.errors import SelectionError, nearest
 from esft.files import read_json, write_json
 from esft.ranking import affordable, best, draw, rounded, within
 from esft.scores import UNKNOWN_MODEL, Scores, layer_index, read_model
@@ -151,12 +151,8 @@ class Selection:
         Raises:
             SelectionError: the file is missing, damaged, of another kind, or selects nothing.
         """
-        try:
-            return cls.from_dict(read_json(Path(path), "selection file"), where=str(path))
-        except SelectionError:
-            raise
-        except EsftError as error:
-            raise SelectionError(str(error)) from None
+        content = read_json(Path(path), "selection file", SelectionError)
+        return cls.from_dict(content, where=str(path))
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "selection") -> Self:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from esft.errors import EsftError, ModelError
+from esft.errors import ModelError
 from esft.files import read_json
 
 STEM = "model"  # of a checkpoint's files
@@ -180,11 +180,9 @@ def _shards(folder: Path, stem: str) -> Iterator[Path]:
             f"reads the first; remove the one that is not meant"
         )
     try:
-        names = sorted(set(read_json(index, "index")["weight_map"].values()), key=str)
+        names = sorted(set(read_json(index, "index", ModelError)["weight_map"].values()), key=str)
     except (KeyError, TypeError, AttributeError):
         raise ModelError(f"{index}: no weight_map in this index") from None
-    except EsftError as error:
-        raise ModelError(str(error)) from error
     if not names:
         raise ModelError(f"{index}: the weight_map is empty")
     for name in names:
