@@ -3,52 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from esft.data.row import ROLES, Message, Row
 from esft.errors import DataError
 
-Format = Literal["prompt/completion", "messages"]
+__all__ = ["Message", "Row", "read_rows"]
 
-ROLES = ("system", "user", "assistant", "tool")
 _EXPECTED = "expected `prompt` and `completion`, or `messages`"
 # Instructions and tool results may well be empty; a question and an answer may not.
 _MAY_BE_EMPTY = ("system", "tool")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the message as chat templates expect it."""
-        return {"role": self.role, "content": self.content}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a task set.
-
-    Attributes:
-        where: `file:line`, for messages about this row; lines count from 1.
-        prompt: the text given to the model; empty for a conversation.
-        completion: the text it should answer; empty for a conversation.
-        messages: the turns of a conversation, the last one the assistant's; empty otherwise.
-    """
-
-    where: str
-    prompt: str = ""
-    completion: str = ""
-    messages: tuple[Message, ...] = ()
-
-    @property
-    def format(self) -> Format:
-        """Which of the two formats the line has."""
-        return "messages" if self.messages else "prompt/completion"
 
 
 def read_rows(path: str | Path) -> list[Row]:

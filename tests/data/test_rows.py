@@ -38,7 +38,7 @@ USER, ANSWER = turn("user", "Hi"), turn("assistant", "Yo")
 def test_prompt_and_completion(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     assert read_rows(path) == [Row(f"{path}:1", prompt="2+2=", completion="4")]
-    assert read_rows(str(path))[0].format == "prompt/completion"
+    assert read_rows(str(path))[0].format == "prompt-completion"
 
 
 def test_messages(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ BAD_CHAT = {
     "empty question": (messages(turn("user", ""), ANSWER), "the content of `messages[0]` is empty"),
     "tool calls": (messages(USER, turn("assistant", "x", tool_calls=[{}])), "`tool_calls`"),
     "both formats": (b'{"completion": "a", ' + CHAT[1:], "both `messages` and `completion`"),
-    "mixed formats": (GOOD, "a row with prompt/completion, but"),
+    "mixed formats": (GOOD, "a row with prompt-completion, but"),
 }
 
 
@@ -220,4 +220,4 @@ def test_the_examples_of_the_format_page_are_read(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     blocks = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
     formats = {read_rows(write(tmp_path, block.encode()))[0].format for block in blocks}
-    assert formats == {"prompt/completion", "messages"}
+    assert formats == {"prompt-completion", "messages"}
