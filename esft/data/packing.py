@@ -31,12 +31,16 @@ class TrainSet(Dataset[Item]):
         rows: how many rows are in the set.
         tokens: how many tokens these rows have; padding does not count.
         supervised: how many tokens have a label.
+        where: of each item, the `file:line` of the rows in it.
     """
 
-    def __init__(self, items: Sequence[Item], *, packed: bool, rows: int, tokens: int) -> None:
+    def __init__(
+        self, items: Sequence[Item], where: Sequence[Sequence[str]], *, packed: bool, tokens: int
+    ) -> None:
         self._items = items
+        self.where = where
         self.packed = packed
-        self.rows = rows
+        self.rows = sum(map(len, where))
         self.tokens = tokens
         self.supervised = sum(label != IGNORED for item in items for label in item["labels"])
 
@@ -75,22 +79,25 @@ def pack(
     """
     kept = fit(examples, max_length, reporter=reporter)
     blocks: list[Item] = []
+    where: list[list[str]] = []
     room = 0
     for example in kept:
         length = len(example.input_ids)
         if length > room:
             blocks.append({"input_ids": [], "labels": [], "position_ids": []})
+            where.append([])
             room = max_length
         blocks[-1]["input_ids"] += example.input_ids
         blocks[-1]["labels"] += _labels(example, loss_on)
         blocks[-1]["position_ids"] += range(length)
+        where[-1].append(example.where)
         room -= length
     for block in blocks:
         missing = max_length - len(block["input_ids"])
         block["input_ids"] += [pad_id] * missing
         block["labels"] += [IGNORED] * missing
         block["position_ids"] += range(missing)
-    return TrainSet(blocks, packed=True, rows=len(kept), tokens=_tokens(kept))
+    return TrainSet(blocks, where, packed=True, tokens=_tokens(kept))
 
 
 def separate(
@@ -106,7 +113,7 @@ def separate(
     """
     kept = fit(examples, max_length, reporter=reporter)
     items = [{"input_ids": e.input_ids, "labels": _labels(e, loss_on)} for e in kept]
-    return TrainSet(items, packed=False, rows=len(kept), tokens=_tokens(kept))
+    return TrainSet(items, [[e.where] for e in kept], packed=False, tokens=_tokens(kept))
 
 
 def collate(items: Sequence[Item], *, pad_id: int = 0) -> dict[str, Any]:

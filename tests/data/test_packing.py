@@ -51,6 +51,7 @@ def test_blocks_in_the_order_given() -> None:
         },
     ]
     assert (data.rows, data.tokens, data.supervised, data.packed) == (3, 9, 6, True)
+    assert data.where == [["f:1", "f:2"], ["f:3"]]
 
 
 @pytest.mark.parametrize("max_length", [20, 21, 64])
