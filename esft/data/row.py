@@ -48,6 +48,9 @@ class Row:
         prompt: the text given to the model.
         completion: the text it should answer.
         messages: the turns of a conversation, the last one the assistant's.
+        given: how many of the messages, from the first on, are a prompt (a row whose `prompt` and
+            `completion` are lists of turns); what the assistant says in them is learnt only with
+            `loss_on: assistant`.
         tools: what a conversation's assistant may call: JSON schemas, for the chat template.
         text: all of it is learnt.
         input_ids: S token ids.
@@ -58,6 +61,7 @@ class Row:
     prompt: str = ""
     completion: str = ""
     messages: tuple[Message, ...] = ()
+    given: int = 0
     tools: tuple[dict[str, Any], ...] = ()
     text: str = ""
     input_ids: tuple[int, ...] = ()
