@@ -7,6 +7,7 @@ How, depends on the family: see `esft.layouts`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,12 @@ from torch import nn
 from esft.banks import TrainedExperts
 from esft.errors import ModelError, SelectionError
 from esft.moe import MoeLayer, moe_layers
+from esft.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from esft.selection import Selection
+_NONE = "no selection is attached to this model; call esft.attach(model, selection) first"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class AttachedLayer:
 
 
 def attach(
-    model: PreTrainedModel, selection: Selection, *, param_dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    selection: Selection | str | Path,
+    *,
+    param_dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Make a model train the selected experts and nothing else. Changes the model in place.
 
@@ -41,7 +46,7 @@ def attach(
 
     Args:
         model: a model with routed experts, with no selection attached yet.
-        selection: which experts train, by layer index (see `esft.moe.MoeLayer`).
+        selection: which experts train, by layer index (see `esft.moe.MoeLayer`), or its file.
         param_dtype: of the trainable parameters. float32 keeps updates that bf16 would round away.
 
     Returns:
@@ -49,8 +54,11 @@ def attach(
 
     Raises:
         ModelError: the model is dense or not supported, or has a selection attached already.
-        SelectionError: the selection names a layer or an expert that the model does not have.
+        SelectionError: the selection names a layer or an expert that the model does not have, or
+            its file cannot be read.
     """
+    if isinstance(selection, str | Path):
+        selection = Selection.read(selection)
     layers = moe_layers(model)
     if any(layer.layout.banks is not None for layer in layers):
         raise ModelError("this model has a selection attached already; detach it first")
@@ -65,6 +73,7 @@ def attach(
     model.requires_grad_(False)
     for layer in layers:
         layer.layout.attach(selection.experts.get(layer.index, []), param_dtype)
+    model.esft_selection = selection
     return model
 
 
@@ -79,7 +88,20 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """
     for attached in attached_layers(model):
         attached.layer.layout.detach()
+    del model.esft_selection
     return model
+
+
+def attached_selection(model: PreTrainedModel) -> Selection:
+    """Return the selection that is attached to a model.
+
+    Raises:
+        ModelError: none is.
+    """
+    found: Selection | None = getattr(model, "esft_selection", None)
+    if found is None:
+        raise ModelError(_NONE)
+    return found
 
 
 def attached_layers(model: nn.Module) -> list[AttachedLayer]:
@@ -94,5 +116,5 @@ def attached_layers(model: nn.Module) -> list[AttachedLayer]:
         if (banks := layer.layout.banks) is not None
     ]
     if not found:
-        raise ModelError("no selection is attached to this model")
+        raise ModelError(_NONE)
     return found

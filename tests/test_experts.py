@@ -9,7 +9,7 @@ import torch
 from esft_kernels import SwiGLU
 
 from esft.errors import ModelError, SelectionError
-from esft.experts import attach, attached_layers, detach
+from esft.experts import attach, attached_layers, attached_selection, detach
 from esft.layouts.interface import attached_bank
 from esft.moe import moe_layers, trainable_parameters
 from esft.selection import Selection
@@ -248,6 +248,17 @@ def test_attaching_twice_and_detaching_nothing_are_refused():
         attach(model, selection())
     with pytest.raises(ModelError, match="no selection"):
         detach(tiny("mixtral"))
+
+
+def test_a_selection_is_attached_from_its_file_and_remembered(tmp_path):
+    selection().write(tmp_path / "selection.json")
+    model = attach(tiny("mixtral"), tmp_path / "selection.json")
+    assert {a.layer.index: a.banks.selected for a in attached_layers(model)} == {0: [], **PICKED}
+    assert attached_selection(model) == selection()
+    with pytest.raises(ModelError, match=r"no selection is attached .* call esft\.attach"):
+        attached_selection(detach(model))
+    with pytest.raises(SelectionError, match=r"missing\.json: no such selection file"):
+        attach(model, str(tmp_path / "missing.json"))
 
 
 def test_saving_an_attached_model_saves_an_ordinary_one(tmp_path):
