@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import set_seed
 
@@ -25,6 +22,7 @@ from esft.guard import guard
 from esft.inference import check_vocabulary
 from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
+from esft.memory import peak_memory
 from esft.methods import make_method
 from esft.moe import inspect, trainable_parameters
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
 
 RECIPE, SELECTION, SCORES = "recipe.yaml", "selection.json", "scores.json"
 METRICS, CHECKPOINTS, DELTA, CARD = "metrics.jsonl", "checkpoints", "delta", "README.md"
+DIVERGED = "diverged.json"
 
 
 def train(
@@ -156,7 +155,7 @@ class _Run:
             total=self.anatomy.total,
             routed=self.anatomy.routed,
             delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
-            peak_memory=_peak_memory(model.device),
+            peak_memory=peak_memory(model.device),
             evaluation=evaluation,
         )
         write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
@@ -169,12 +168,13 @@ class _Run:
                 checkpoints=self.out / CHECKPOINTS,
                 guard=self._guard(),
                 metrics=self.out / METRICS,
+                diverged=self.out / DIVERGED,
                 reporter=self.reporter,
                 model=prepared,
                 args=self.arguments,
-                train_dataset=self.data.train_set,
+                train_set=self.data.train_set,
+                collate=functools.partial(collate, pad_id=self.data.pad_id),
                 eval_dataset=self.data.eval_examples,
-                data_collator=functools.partial(collate, pad_id=self.data.pad_id),
             )
             # Now instead of in its `train`: an optimizer may be unknown or not installed.
             trainer.create_optimizer()
@@ -258,10 +258,3 @@ class _Run:
         # Nothing may fail now that training is done, not even where somebody tidied up.
         sample = Scores.read(file).sample if file.is_file() else {}
         return {"data": self.recipe.data.train, "sample": sample}
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from esft.errors import EsftError
 from esft.files import append_line
 from esft.progress import Reporter, Task
 
@@ -21,7 +19,7 @@ class CountsTokens(Protocol):
 
 
 class Metrics(TrainerCallback):
-    """Writes everything logged to a file; stops a run whose loss is no number."""
+    """Writes everything logged to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,9 +34,6 @@ class Metrics(TrainerCallback):
     ) -> None:
         """Write a line."""
         logs = logs or {}
-        for name, value in logs.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise diverged(state.global_step, f"{name} is {value}")
         append_line(self._path, log_line({**logs, "step": state.global_step}).rstrip())
 
 
@@ -81,14 +76,6 @@ class Progress(TrainerCallback):
     def close(self) -> None:
         """End what is shown, however training ended."""
         self._task.close()
-
-
-def diverged(step: int, what: str) -> EsftError:
-    """Return the error that stops a run at a step, and why."""
-    return EsftError(
-        f"step {step}: {what}; the run has diverged and is stopped; try a lower "
-        f"training.learning_rate"
-    )
 
 
 def log_line(logs: dict[str, float]) -> str:
