@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esft.errors import DeltaError
+from esft.errors import CheckError, DeltaError
 from esft.experts import attached_layers
 from esft.fingerprint import Fingerprint
 from esft.names import layer_parts
-from esft.tensors import TORCH
+from esft.shards import Checkpoint
+from esft.tensors import TORCH, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,27 @@ def check_changes(changes: Iterable[Changed], base: Fingerprint) -> None:
     """
     for change in changes:
         _base_dtype(change, base)
+
+
+def check_start(changes: Iterable[Changed], base: Checkpoint) -> None:
+    """Check that weights about to train are those of their base, as far as its loading kept them.
+
+    Args:
+        changes: what training will change; `check_changes` has passed it.
+        base: the checkpoint that the model should have been loaded from.
+
+    Raises:
+        CheckError: a tensor has other values there.
+    """
+    for change in changes:
+        stored = read_tensor(base.entries[change.name], change.rows)
+        value = change.value.cpu()
+        # A model may have been loaded in a narrower dtype than its checkpoint's.
+        if not torch.allclose(value.double(), stored.double(), rtol=2**-8, atol=2**-24):
+            raise CheckError(
+                f"{base.folder}: the model was not loaded from this base: tensor {change.name} "
+                f"has other values in memory"
+            )
 
 
 def in_base_dtype(change: Changed, base: Fingerprint) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from esft.shards import Entry, read_blocks
+from esft.shards import Entry, read_blocks, read_rows
 
 TORCH = {
     "F64": torch.float64,
@@ -18,12 +18,19 @@ TORCH = {
 _BLOCK = 1 << 22  # bytes of a tensor at a time
 
 
-def read_tensor(entry: Entry) -> Tensor:
-    """Read one tensor of a delta's `entries`, or of any checkpoint in a dtype of `TORCH`."""
-    values = bytearray().join(read_blocks(entry))
+def read_tensor(entry: Entry, rows: Sequence[int] | None = None) -> Tensor:
+    """Read one tensor of a delta's `entries`, or of any checkpoint in a dtype of `TORCH`.
+
+    Args:
+        entry: its place.
+        rows: read only these, in their order; None reads all.
+    """
+    blocks = read_blocks(entry) if rows is None else read_rows(entry, rows)
+    values = bytearray().join(blocks)
+    shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
     if not values:
-        return torch.empty(entry.shape, dtype=TORCH[entry.dtype])
-    return torch.frombuffer(values, dtype=TORCH[entry.dtype]).reshape(entry.shape)
+        return torch.empty(shape, dtype=TORCH[entry.dtype])
+    return torch.frombuffer(values, dtype=TORCH[entry.dtype]).reshape(shape)
 
 
 def tensor_blocks(value: Tensor) -> Iterator[bytes]:
