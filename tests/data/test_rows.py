@@ -111,8 +111,11 @@ BAD = {
     "null": (b"null\n", "null, not an object"),
     "too deep": (b"[" * 200_000 + b"\n", "JSON"),
     "a number of 5,000 digits": (b'{"x": ' + b"1" * 5000 + b"}\n", "JSON"),
-    "no keys": (b"{}\n", "found no keys; expected `prompt` and `completion`, or `messages`"),
-    "other keys": (b'{"text": "a", "label": 1}\n', "found `text`, `label`; expected"),
+    "no keys": (
+        b"{}\n",
+        "found no keys; expected `messages`, `prompt` and `completion`, `instruction`",
+    ),
+    "other keys": (b'{"sentence": "a", "label": 1}\n', "found `sentence`, `label`; expected"),
     "no completion": (b'{"prompt": "a"}\n', "a line without an answer: no `completion`"),
     "no prompt": (b'{"completion": "a"}\n', "no `prompt`"),
     "empty completion": (b'{"prompt": "a", "completion": ""}\n', "a line without an answer"),
@@ -143,8 +146,14 @@ BAD_CHAT = {
     "wrong order": (messages(ANSWER, USER), "a line without an answer"),
     "empty answer": (messages(USER, turn("assistant", "")), "a line without an answer"),
     "empty question": (messages(turn("user", ""), ANSWER), "the content of `messages[0]` is empty"),
-    "tool calls": (messages(USER, turn("assistant", "x", tool_calls=[{}])), "`tool_calls`"),
-    "both formats": (b'{"completion": "a", ' + CHAT[1:], "both `messages` and `completion`"),
+    "tool calls": (
+        messages(USER, turn("assistant", "x", tool_calls=[{}])),
+        "the function's name in `tool_calls[0]` of `messages[1]` is null; expected a string",
+    ),
+    "both formats": (
+        b'{"completion": "a", ' + CHAT[1:],
+        "the row fits the formats messages (`messages`) and prompt-completion (`completion`)",
+    ),
     "mixed formats": (GOOD, "a row with prompt-completion, but"),
 }
 
@@ -167,7 +176,7 @@ def test_a_bad_line_is_named(tmp_path: Path, first: bytes, line: bytes, said: st
 @pytest.mark.parametrize("data", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
 def test_a_file_without_rows(tmp_path: Path, data: bytes) -> None:
     path = write(tmp_path, data)
-    with pytest.raises(DataError, match="the file has no rows") as caught:
+    with pytest.raises(DataError, match="no rows in it") as caught:
         read_rows(path)
     assert str(caught.value).startswith(f"{path}: ")
 
@@ -186,7 +195,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Is a directory"):
+    with pytest.raises(DataError, match="no data files in this folder"):
         read_rows(tmp_path)
 
 
