@@ -23,6 +23,14 @@ TABLE = {
     "I2": 4,
     "I3": 4,
     "I4": 6,
+    "E3": 4,
+    "E4": 6,
+    "E5": 6,
+    "X1": 6,
+    "X2": 4,
+    "X3": 2,
+    "X4": 7,
+    "X5": 4,
     "more": 28,
 }
 _CASE = re.compile(r"tests/faults/test_\w+\.py::test_([a-z]\d|more)_")
