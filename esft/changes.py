@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from esft.errors import CheckError, DeltaError
-from esft.experts import attached_layers
+from esft.experts import attached_layers, part_buffers, part_parameters
 from esft.fingerprint import Fingerprint
-from esft.names import layer_parts
+from esft.names import layer_parts, to_disk
 from esft.shards import Checkpoint
 from esft.tensors import TORCH, read_tensor
 
@@ -63,6 +63,43 @@ def expert_changes(model: PreTrainedModel, base: Fingerprint | None = None) -> l
                         for expert, piece in zip(selected, pieces, strict=True)
                     ]
     return changes
+
+
+def trained_changes(model: PreTrainedModel, base: Fingerprint) -> list[Changed]:
+    """Collect all that trains in a model that has a selection attached, in its own dtype.
+
+    The selected experts; every parameter of the parts that train beside them, whether it moved or
+    not; and of the routers, where they train, the buffers that the base stores.
+
+    Args:
+        model: the model.
+        base: of the checkpoint that it was loaded from.
+
+    Raises:
+        ModelError: no selection is attached, or the checkpoint's layout cannot be addressed.
+    """
+    parameters = {name: p.detach() for name, p in part_parameters(model).items()}
+    buffers = to_disk(model, part_buffers(model))
+    return [
+        *expert_changes(model, base),
+        *whole_changes(to_disk(model, parameters), base),
+        *(Changed(name, buffer) for name, buffer in buffers.items() if name in base),
+    ]
+
+
+def whole_changes(tensors: Mapping[str, Tensor], base: Fingerprint) -> list[Changed]:
+    """Return changes of whole tensors, of tied ones the one that the base stores.
+
+    Args:
+        tensors: by their names on disk, of tied ones all.
+        base: the checkpoint's; a tensor that is not tied to one in it is left in, to be refused.
+    """
+    stored = {tensor.data_ptr() for name, tensor in tensors.items() if name in base}
+    return [
+        Changed(name, tensor)
+        for name, tensor in tensors.items()
+        if name in base or tensor.data_ptr() not in stored
+    ]
 
 
 def check_changes(changes: Iterable[Changed], base: Fingerprint) -> None:

@@ -200,7 +200,17 @@ def disk_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
     Tied tensors appear under each of their names.
     """
-    yield from revert_weight_conversion(model, dict(model.state_dict())).items()
+    yield from to_disk(model, dict(model.state_dict())).items()
+
+
+def to_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under their on-disk names, as they are laid out there.
+
+    Args:
+        model: as for `parts`.
+        tensors: by their names in the model; where a checkpoint keeps several in one, all of them.
+    """
+    return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def _on_disk(model: PreTrainedModel | _Unturned, stack: str, value: Tensor) -> dict[str, Tensor]:
@@ -230,16 +240,44 @@ def write_into(
             for part in found:
                 left -= _write_part(part, stacks[weight], tensors, rows)
     if left:
-        for key, tensor in model.state_dict().items():
-            if key in own:
-                continue
-            # A renaming hands the tensor itself through, so writing to it writes to the model.
-            for name, place in _on_disk(model, key, tensor).items():
-                if name in left and place.data_ptr() == tensor.data_ptr():
-                    place.copy_(tensors[name])
-                    left.discard(name)
+        rest = {key: tensor for key, tensor in model.state_dict().items() if key not in own}
+        left -= _write_whole(model, rest, {name: tensors[name] for name in left})
     if left:
         raise ModelError(f"tensor {min(left)} has no place in {type(model).__name__}")
+
+
+def _write_whole(
+    model: PreTrainedModel, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> set[str]:
+    """Write tensors of a checkpoint into a model's `own`, in place; return their names."""
+    memory = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
+    views = {
+        name: place
+        for name, place in to_disk(model, own).items()
+        if place.untyped_storage().data_ptr() in memory
+    }
+    for name in views.keys() & tensors.keys():
+        views[name].copy_(tensors[name])
+    written = views.keys() & tensors.keys()
+    # What is laid out otherwise on disk. Each number of it is given one of its own, and the
+    # conversion tells where on disk it is.
+    seen = {place.untyped_storage().data_ptr() for place in views.values()}
+    others = {k: t for k, t in own.items() if t.untyped_storage().data_ptr() not in seen}
+    if written == tensors.keys() or not others:
+        return written
+    numbers, first = {}, 0
+    for key, tensor in others.items():
+        numbers[key] = torch.arange(first, first + tensor.numel()).view(tensor.shape)
+        first += tensor.numel()
+    flat = torch.cat([tensor.reshape(-1) for tensor in others.values()])
+    for name, places in to_disk(model, numbers).items():
+        if name in tensors:
+            flat[places.to(flat.device)] = tensors[name].to(flat)
+            written = written | {name}
+    pieces = flat.split([tensor.numel() for tensor in others.values()])
+    for tensor, piece in zip(others.values(), pieces, strict=True):
+        tensor.copy_(piece.view(tensor.shape))
+    return written
 
 
 def _write_part(

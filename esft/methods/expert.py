@@ -1,4 +1,4 @@
-"""ESFT: train the selected experts; also its control, in which chance selects them."""
+"""ESFT: train selected experts, and what is asked for beside them; also with experts by chance."""
 
 from __future__ import annotations
 
@@ -6,46 +6,64 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.changes import check_changes, expert_changes
+from esft.changes import check_changes, trained_changes
 from esft.delta import write_delta
 from esft.experts import attach
 from esft.fingerprint import Fingerprint
 from esft.loading import DTYPES
 from esft.methods.base import Method
+from esft.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from esft.recipe_sections import TrainSpec
     from esft.selection import Selection
 
 
 class ExpertMethod(Method):
-    """Train the experts of a selection and nothing else (arXiv 2407.01906).
+    """Train the experts of a selection, and the parts that the recipe turns on (arXiv 2407.01906).
 
     Args:
-        selection: which experts.
+        selection: which experts; None trains none.
+        spec: what else trains.
         name: `esft`, or `random` for a selection drawn by chance.
-        param_dtype: of the trainable experts, `float32` or `bfloat16`.
+        param_dtype: of what trains, `float32` or `bfloat16`.
+        reporter: told of a part that the model lacks.
     """
 
     def __init__(
-        self, selection: Selection, *, name: str = "esft", param_dtype: str = "float32"
+        self,
+        selection: Selection | None,
+        spec: TrainSpec | None = None,
+        *,
+        name: str = "esft",
+        param_dtype: str = "float32",
+        reporter: Reporter = SILENT,
     ) -> None:
         self.name = name
         self.selection = selection
+        self.parts = {} if spec is None else spec.parts
         self.param_dtype = DTYPES[param_dtype]
+        self.reporter = reporter
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         """Attach the selection. See `esft.experts.attach`."""
-        return attach(model, self.selection, param_dtype=self.param_dtype)
+        return attach(
+            model,
+            self.selection,
+            **self.parts,
+            param_dtype=self.param_dtype,
+            reporter=self.reporter,
+        )
 
     def check(self, model: nn.Module, base: Fingerprint) -> None:
-        """Look up each selected expert's tensors in the base."""
-        check_changes(expert_changes(model, base), base)
+        """Look up in the base each tensor that trains."""
+        check_changes(trained_changes(model, base), base)
 
     def save(
         self, model: nn.Module, folder: Path, base: Fingerprint, about: Mapping[str, Any]
     ) -> None:
-        """Write the selected experts' weights."""
-        write_delta(folder, base, expert_changes(model, base), about)
+        """Write what trained: the selected experts, and the parts beside them."""
+        write_delta(folder, base, trained_changes(model, base), about)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esft.changes import Changed, check_changes
+from esft.changes import Changed, check_changes, whole_changes
 from esft.delta import write_delta
 from esft.fingerprint import Fingerprint
 from esft.methods.base import Method
@@ -38,11 +38,4 @@ class FullMethod(Method):
 
 
 def _changes(model: nn.Module, base: Fingerprint) -> list[Changed]:
-    tensors = dict(disk_tensors(model))
-    stored = {tensor.data_ptr() for name, tensor in tensors.items() if name in base}
-    # Of tied tensors the base stores one; any other that it lacks is left in, to be refused.
-    return [
-        Changed(name, tensor)
-        for name, tensor in tensors.items()
-        if name in base or tensor.data_ptr() not in stored
-    ]
+    return whole_changes(dict(disk_tensors(model)), base)
