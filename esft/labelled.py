@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from esft.data.packing import IGNORED
+from esft.data.example import IGNORED
 
 
 @contextmanager

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from esft.data.encode import Example, encode_rows
+from esft.data.encode import encode_rows
+from esft.data.example import Example
 from esft.data.rows import read_rows
 from esft.errors import DataError, EsftError, ModelError, SelectionError
 from esft.evaluation import Evaluation, evaluate_model

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import esft
-from esft.data.encode import Example, encode_rows
+from esft.data.encode import encode_rows
+from esft.data.example import Example
 from esft.data.rows import read_rows
 from esft.errors import CheckError, DataError, EsftError, ModelError
 from esft.evaluation import Evaluation, evaluate, evaluate_model

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esft.data.encode import Example
+from esft.data.example import Example
 from esft.moe import moe_layers
 from esft.profiling import profile_model
 from tests.families import small

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from esft.data.encode import Example
+from esft.data.example import Example
 from esft.errors import DataError, ModelError
 from esft.experts import attach, detach
 from esft.moe import moe_layers

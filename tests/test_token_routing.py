@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from esft.data.encode import Example
+from esft.data.example import Example
 from esft.diagnostics import FixedByToken
 from esft.moe import moe_layers
 from esft.profiling import profile_model

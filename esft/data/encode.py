@@ -3,74 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice, pairwise
+from itertools import groupby, islice
 from typing import Any
 
-from esft.data.rows import Row
-from esft.errors import DataError, ModelError
+from esft.data.bad_rows import STRICT, BadRows
+from esft.data.chat import Renderer
+from esft.data.example import IGNORED, Example, LossOn
+from esft.data.fitting import fit
+from esft.data.row import Row, RowFormat
+from esft.data.tokens import end_ids, eos_id, prompt_ids, token_ids
+from esft.data.turns import tokenise_chats
+from esft.errors import DataError
 from esft.progress import SILENT, Reporter
 
 _CHUNK = 1000  # rows tokenised in one call: enough for the tokenizer to work in bulk
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row in tokens.
-
-    Attributes:
-        input_ids: the whole row, S token ids.
-        completion: S flags: True where the token belongs to an answer, its end token included.
-        where: `file:line` of the row.
-    """
-
-    input_ids: list[int]
-    completion: list[bool]
-    where: str
-
-    @property
-    def supervised(self) -> int:
-        """How many answer tokens a model is asked to predict; nothing predicts the first token."""
-        return sum(self.completion[1:])
 
 
 def encode_rows(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
+    loss_on: LossOn = "completion",
+    last_turn_only: bool = False,
     max_length: int | None = None,
+    bad: BadRows = STRICT,
     reporter: Reporter = SILENT,
 ) -> list[Example]:
     """Turn rows into tokens.
 
     A prompt and its completion are tokenised separately and joined, as they meet when a model
     answers: the prompt with the tokenizer's BOS, if it adds one, the completion with its EOS.
-    Conversations go through the tokenizer's chat template; every turn of the assistant is an
-    answer. Text that spells a special token becomes that token, as everywhere in transformers.
+    Conversations go through the tokenizer's chat template; what the assistant writes in its turns,
+    end tokens included, is the answer. Text is all answer, and ends with EOS. Text that spells a
+    special token becomes that token, as everywhere in transformers.
 
     Args:
         rows: from `read_rows`.
         tokenizer: a transformers tokenizer.
+        loss_on: `completion`: what the assistant writes in the prompt of a conversation (see
+            `Row.given`) is no answer; `assistant`: it is, and rows must be conversations;
+            `all`: as `completion`, but see `Example.labels`.
+        last_turn_only: only the assistant's last turn is an answer.
         max_length: drop rows whose answer ends beyond this many tokens; see `fit`.
-        reporter: told about rows that were dropped.
+        bad: skips rows that cannot be used, if it may.
+        reporter: told about rows that were dropped, and about what a chat template made necessary.
 
     Raises:
-        DataError: a row has no answer token, or the chat template cannot render it, or renders
-            an answer otherwise than it would prompt for it, or no row fits into `max_length`;
-            the message names file and line.
+        DataError: a row has nothing to learn, or does not teach where an answer ends, or the chat
+            template cannot render it, or renders an answer otherwise than it would prompt for it,
+            or no row fits into `max_length`; the message names file and line.
         ModelError: the tokenizer has no end-of-sequence token.
     """
+    encoder = _Encoder(tokenizer, loss_on, last_turn_only)
     examples: list[Example] = []
     watched = reporter if len(rows) > _CHUNK else SILENT
     with watched.task("tokenising", total=len(rows), unit="row") as task:
-        for encode, chunk in _chunks(rows):
-            encoded = encode(chunk, tokenizer)
-            for example in encoded:
-                if not example.supervised:
-                    raise DataError(f"{example.where}: the answer has no tokens to learn from")
+        for form, chunk in _chunks(rows):
+            encoded = []
+            for outcome in encoder.encode(form, chunk):
+                if isinstance(outcome, DataError):
+                    bad.skip(outcome)
+                else:
+                    encoded.append(outcome)
             examples += encoded
             task.advance(len(chunk), tokens=sum(len(example.input_ids) for example in encoded))
-    return examples if max_length is None else fit(examples, max_length, reporter=reporter)
+    for note in encoder.notes():
+        reporter.note(note)
+    if max_length is None:
+        return examples
+    return fit(examples, max_length, reporter=reporter).examples
 
 
 def encode_prompt(prompt: str, tokenizer: Any, *, chat: bool = False) -> list[int]:
@@ -85,219 +86,129 @@ def encode_prompt(prompt: str, tokenizer: Any, *, chat: bool = False) -> list[in
         DataError: there is no chat template, or it cannot render the prompt.
     """
     if not chat:
-        return _prompt_ids([prompt], tokenizer)[0]
-    text = _render([{"role": "user", "content": prompt}], tokenizer, "--prompt", prompts=True)
-    return _ids([text], tokenizer)[0]
+        return prompt_ids([prompt], tokenizer)[0]
+    return token_ids([Renderer(tokenizer).prompt(prompt)], tokenizer)[0]
 
 
-def fit(
-    examples: Sequence[Example], max_length: int, *, reporter: Reporter = SILENT
-) -> list[Example]:
-    """Return the examples that fit into `max_length` tokens, in order; answers are never cut.
-
-    An example that is too long only by what follows its last answer is cut; another is dropped.
-    Both are counted and reported.
-
-    Raises:
-        DataError: not one example fits.
-    """
-    kept: list[Example] = []
-    dropped: list[Example] = []
-    cut = 0
-    for example in examples:
-        if len(example.input_ids) <= max_length:
-            kept.append(example)
-        elif any(example.completion[max_length:]):
-            dropped.append(example)
-        else:
-            kept.append(shorten(example, max_length))
-            cut += 1
-    if dropped:
-        first = f"{dropped[0].where} with {len(dropped[0].input_ids):,} tokens"
-        if not kept:
-            raise DataError(
-                f"{first}: no row fits into max_length {max_length:,}; raise max_length"
-            )
-        reporter.note(
-            f"{len(dropped):,} of {len(examples):,} rows left out: their answers end beyond "
-            f"max_length {max_length:,} (the first: {first})"
-        )
-    if cut:
-        reporter.note(
-            f"{cut:,} of {len(examples):,} rows cut to max_length {max_length:,}, after the answer"
-        )
-    return kept
-
-
-def shorten(example: Example, length: int) -> Example:
-    """Return an example's first `length` tokens."""
-    return Example(example.input_ids[:length], example.completion[:length], example.where)
-
-
-def _chunks(
-    rows: Sequence[Row],
-) -> Iterator[tuple[Callable[[list[Row], Any], list[Example]], list[Row]]]:
+def _chunks(rows: Sequence[Row]) -> Iterator[tuple[RowFormat, list[Row]]]:
     for form, group in groupby(rows, key=lambda row: row.format):
         while chunk := list(islice(group, _CHUNK)):
-            yield (_encode_chats if form == "messages" else _encode_pairs), chunk
+            yield form, chunk
 
 
-def _ids(texts: list[str], tokenizer: Any, *, special: bool = False) -> list[list[int]]:
-    # verbose=False: whether a row is too long is decided here, not by the tokenizer's own limit.
-    encoded = tokenizer(
-        texts, add_special_tokens=special, return_attention_mask=False, verbose=False
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
+class _Encoder:
+    """Turns rows of any format into tokens, and remembers what there is to say about them."""
 
+    def __init__(self, tokenizer: Any, loss_on: LossOn, last_turn_only: bool) -> None:
+        self._tokenizer = tokenizer
+        self._loss_on, self._last_turn_only = loss_on, last_turn_only
+        self._renderer = Renderer(tokenizer)
+        self._endless: list[str] = []  # rows of tokens that teach no end
 
-# Prompt and completion
+    def encode(self, form: RowFormat, rows: list[Row]) -> Iterator[Example | DataError]:
+        """Yield each row's tokens, or why it cannot be used."""
+        if self._loss_on == "assistant" and form != "messages":
+            for row in rows:
+                yield DataError(
+                    f"{row.where}: loss_on: assistant is for conversations, and this row is "
+                    f"{form}; use loss_on: completion"
+                )
+            return
+        encode: dict[RowFormat, Callable[[list[Row]], list[Example | DataError]]] = {
+            "prompt-completion": self._pairs,
+            "text": self._texts,
+            "tokenized": self._tokens,
+            "messages": self._chats,
+        }
+        for row, outcome in zip(rows, encode[form](rows), strict=True):
+            yield outcome if isinstance(outcome, DataError) else self._checked(row, outcome)
 
-
-def _encode_pairs(rows: list[Row], tokenizer: Any) -> list[Example]:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ModelError(
-            "the tokenizer has no end-of-sequence token, so a model could not learn where an "
-            "answer ends; set eos_token in its tokenizer_config.json"
-        )
-    prompts = _prompt_ids([row.prompt for row in rows], tokenizer)
-    completions = _ids([row.completion for row in rows], tokenizer)
-    examples = []
-    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-        if not completion:
-            raise DataError(f"{row.where}: the answer has no tokens to learn from")
-        if completion[-1] != eos:
-            completion.append(eos)
-        mask = [False] * len(prompt) + [True] * len(completion)
-        examples.append(Example(prompt + completion, mask, row.where))
-    return examples
-
-
-def _prompt_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    ids = _ids(prompts, tokenizer, special=True)
-    if _adds_eos(tokenizer):  # an answer follows; only its own end is an end
-        return [prompt[:-1] for prompt in ids]
-    return ids
-
-
-def _adds_eos(tokenizer: Any) -> bool:
-    with_special, without = _ids(["a"], tokenizer, special=True)[0], _ids(["a"], tokenizer)[0]
-    eos = tokenizer.eos_token_id
-    return eos is not None and with_special[-1] == eos and without[-1:] != [eos]
-
-
-# Conversations
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendering:
-    """A conversation as text.
-
-    Attributes:
-        text: the whole.
-        cuts: places in `text`, ascending: where the first answer starts, where it ends, where
-            the second starts, ...
-    """
-
-    text: str
-    cuts: list[int]
-
-    def prefixes(self) -> list[str]:
-        """The text up to each cut."""
-        return [self.text[:cut] for cut in self.cuts]
-
-    def segments(self) -> list[str]:
-        """The text between the cuts; those with odd index are answers."""
-        edges = [0, *self.cuts, len(self.text)]
-        return [self.text[a:b] for a, b in pairwise(edges)]
-
-
-def _encode_chats(rows: list[Row], tokenizer: Any) -> list[Example]:
-    renderings = [_render_row(row, tokenizer) for row in rows]
-    # The template wrote the special tokens; the tokenizer must not add its own.
-    wholes = _ids([rendering.text for rendering in renderings], tokenizer)
-    prefixes = iter(_ids([p for r in renderings for p in r.prefixes()], tokenizer))
-    ends = _turn_ends(tokenizer)
-    examples = []
-    for row, rendering, whole in zip(rows, renderings, wholes, strict=True):
-        up_to = list(islice(prefixes, len(rendering.cuts)))
-        if all(whole[: len(prefix)] == prefix for prefix in up_to):
-            edges = [0, *(len(prefix) for prefix in up_to), len(whole)]
-            parts = [whole[a:b] for a, b in pairwise(edges)]
-        else:
-            # A token spans a cut. A model that answers sees the prompt's tokens end there, so
-            # the text is tokenised in parts.
-            parts = _ids(rendering.segments(), tokenizer)
-        examples.append(_join(parts, row.where, tokenizer, ends))
-    return examples
-
-
-def _join(parts: list[list[int]], where: str, tokenizer: Any, ends: set[int]) -> Example:
-    ids: list[int] = []
-    mask: list[bool] = []
-    for place, part in enumerate(parts):
-        answer = _answer_length(part, tokenizer, ends) if place % 2 else 0
-        ids += part
-        mask += [True] * answer + [False] * (len(part) - answer)
-    return Example(ids, mask, where)
-
-
-def _answer_length(part: list[int], tokenizer: Any, ends: set[int]) -> int:
-    """Count the tokens of a rendered answer up to the one that ends the turn.
-
-    Templates put a line break after it, which the model never gets to write.
-    """
-    length = len(part)
-    while length and part[length - 1] not in ends:
-        if tokenizer.decode([part[length - 1]]).strip():
-            return len(part)
-        length -= 1
-    return length or len(part)
-
-
-def _turn_ends(tokenizer: Any) -> set[int]:
-    # Which special token ends a turn differs by family and is not always the tokenizer's EOS.
-    added = tokenizer.added_tokens_decoder
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-
-
-def _render_row(row: Row, tokenizer: Any) -> _Rendering:
-    messages = [message.to_dict() for message in row.messages]
-    text = _render(messages, tokenizer, row.where)
-    cuts: list[int] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(messages[:i], tokenizer, row.where, prompts=True)
-        answered = _render(messages[: i + 1], tokenizer, row.where)
-        if not answered.startswith(prompt):
-            raise DataError(
-                f"{row.where}: the chat template does not begin the answer in `messages[{i}]` the "
-                f"way it prompts for one, so the model would learn what it never sees; use "
-                f"another template, or `prompt` and `completion`"
+    def notes(self) -> list[str]:
+        """Return what a user should know, a sentence each."""
+        said = []
+        if rows := self._renderer.replaced:
+            said.append(
+                f"{_first(rows)}: the tokenizer's chat template renders earlier answers otherwise "
+                f"once turns follow, or begins answers otherwise than it prompts for them; TRL's "
+                f"training template is used instead: every answer keeps its reasoning (an empty "
+                f"block where it has none), which the tokenizer's own template leaves out of later "
+                f"prompts"
             )
-        if not text.startswith(answered) or (cuts and len(prompt) < cuts[-1]):
-            raise DataError(
-                f"{row.where}: the chat template renders the turns up to `messages[{i}]` "
-                f"differently once others follow (some drop earlier reasoning); give each answer "
-                f"a row of its own, or use another template"
+        if rows := self._endless:
+            said.append(
+                f"{_first(rows)}: no end token among the tokens learnt; if these are not parts of "
+                f"longer texts, the model will not learn where to stop"
             )
-        cuts += [len(prompt), len(answered)]
-    return _Rendering(text, cuts)
+        return said
+
+    def _checked(self, row: Row, example: Example) -> Example | DataError:
+        if all(label == IGNORED for label in example.labels(self._loss_on)):
+            why = ": the weights are 0" if example.weights is not None else ""
+            return DataError(f"{row.where}: the answer has no tokens to learn from{why}")
+        return example
+
+    def _pairs(self, rows: list[Row]) -> list[Example | DataError]:
+        eos = eos_id(self._tokenizer)
+        prompts = prompt_ids([row.prompt for row in rows], self._tokenizer)
+        completions = token_ids([row.completion for row in rows], self._tokenizer)
+        examples: list[Example | DataError] = []
+        for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+            if completion and completion[-1] != eos:
+                completion.append(eos)
+            mask = [False] * len(prompt) + [True] * len(completion)
+            examples.append(Example(prompt + completion, mask, row.where))
+        return examples
+
+    def _texts(self, rows: list[Row]) -> list[Example | DataError]:
+        eos = eos_id(self._tokenizer)
+        examples: list[Example | DataError] = []
+        texts = token_ids([row.text for row in rows], self._tokenizer, special=True)
+        for row, ids in zip(rows, texts, strict=True):
+            if ids[-1:] != [eos]:
+                ids.append(eos)
+            examples.append(Example(ids, [True] * len(ids), row.where))
+        return examples
+
+    def _tokens(self, rows: list[Row]) -> list[Example | DataError]:
+        known, ends = len(self._tokenizer), end_ids(self._tokenizer)
+        examples: list[Example | DataError] = []
+        for row in rows:
+            strange = next((i for i in row.input_ids if not 0 <= i < known), None)
+            if strange is not None:
+                examples.append(
+                    DataError(
+                        f"{row.where}: token {strange:,} is not of this model's tokenizer, which "
+                        f"has {known:,}"
+                    )
+                )
+                continue
+            if not any(
+                flag and token in ends
+                for token, flag in zip(row.input_ids, row.supervised, strict=True)
+            ):
+                self._endless.append(row.where)
+            examples.append(Example(list(row.input_ids), list(row.supervised), row.where))
+        return examples
+
+    def _chats(self, rows: list[Row]) -> list[Example | DataError]:
+        renderings = self._renderer.render(rows)
+        encoded = iter(
+            tokenise_chats(
+                [
+                    (row, rendering)
+                    for row, rendering in zip(rows, renderings, strict=True)
+                    if not isinstance(rendering, DataError)
+                ],
+                self._tokenizer,
+                given=self._loss_on == "assistant",
+                last_turn_only=self._last_turn_only,
+            )
+        )
+        return [
+            rendering if isinstance(rendering, DataError) else next(encoded)
+            for rendering in renderings
+        ]
 
 
-def _render(
-    messages: list[dict[str, str]], tokenizer: Any, where: str, *, prompts: bool = False
-) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: messages need a chat template and the tokenizer has none; use `prompt` and "
-            f"`completion`, or put a chat_template.jinja beside the model"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompts
-        )
-    except Exception as error:  # a template is a program of its author's and may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where}: the chat template refuses these messages: {reason}") from error
+def _first(rows: list[str]) -> str:
+    return rows[0] if len(rows) == 1 else f"{rows[0]} and {len(rows) - 1:,} more rows"

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from esft.data.encode import Example, fit, shorten
+from esft.data.example import IGNORED, Example, LossOn
+from esft.data.fitting import fit
 from esft.errors import DataError
 from esft.progress import SILENT, Reporter
 
-LossOn = Literal["completion", "all"]
-Item = dict[str, list[int]]
+Item = dict[str, list[Any]]
 
-IGNORED = -100  # the label that torch's cross entropy and transformers' losses skip
+# What stands where a row has ended; `input_ids` may hold any id there.
+_FILL: dict[str, Any] = {"labels": IGNORED, "loss_weights": 0.0}
 
 
 class TrainSet(Dataset[Item]):
@@ -24,13 +25,15 @@ class TrainSet(Dataset[Item]):
 
     Each item maps `input_ids` and `labels`, packed also `position_ids`, to lists of one length.
     A label stands at the place of its token (transformers' losses shift them) and is `IGNORED`
-    where there is nothing to learn.
+    where there is nothing to learn. Where a label of the set has a weight other than 1, every item
+    also has `loss_weights`, a factor for each token's loss.
 
     Attributes:
         packed: whether an item is a block of several rows.
         rows: how many rows are in the set.
         tokens: how many tokens these rows have; padding does not count.
         supervised: how many tokens have a label.
+        weighted: whether the items have `loss_weights`.
         where: of each item, the `file:line` of the rows in it.
     """
 
@@ -43,6 +46,7 @@ class TrainSet(Dataset[Item]):
         self.rows = sum(map(len, where))
         self.tokens = tokens
         self.supervised = sum(label != IGNORED for item in items for label in item["labels"])
+        self.weighted = any("loss_weights" in item for item in items)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -71,31 +75,34 @@ def pack(
         examples: from `encode_rows`.
         max_length: tokens a block.
         pad_id: any token id; it is recognised by its place, never by its value.
-        loss_on: whether answers have labels, or `all` tokens.
-        reporter: told about examples that do not fit; see `fit`.
+        loss_on: whether answers have labels, or `all` tokens; see `Example.labels`.
+        reporter: told about examples that do not fit and are left out; see `fit`, which may be
+            called before and knows other ways to treat them.
 
     Raises:
         DataError: not one example fits.
     """
-    kept = fit(examples, max_length, reporter=reporter)
+    kept = fit(examples, max_length, reporter=reporter).examples
+    rows = _items(kept, loss_on)
     blocks: list[Item] = []
     where: list[list[str]] = []
     room = 0
-    for example in kept:
+    for example, row in zip(kept, rows, strict=True):
         length = len(example.input_ids)
         if length > room:
-            blocks.append({"input_ids": [], "labels": [], "position_ids": []})
+            blocks.append({key: [] for key in (*row, "position_ids")})
             where.append([])
             room = max_length
-        blocks[-1]["input_ids"] += example.input_ids
-        blocks[-1]["labels"] += _labels(example, loss_on)
+        for key, values in row.items():
+            blocks[-1][key] += values
         blocks[-1]["position_ids"] += range(length)
         where[-1].append(example.where)
         room -= length
+    fill = {"input_ids": pad_id, **_FILL}
     for block in blocks:
         missing = max_length - len(block["input_ids"])
-        block["input_ids"] += [pad_id] * missing
-        block["labels"] += [IGNORED] * missing
+        for key in rows[0]:
+            block[key] += [fill[key]] * missing
         block["position_ids"] += range(missing)
     return TrainSet(blocks, where, packed=True, tokens=_tokens(kept))
 
@@ -111,9 +118,9 @@ def separate(
 
     Args and errors as for `pack`.
     """
-    kept = fit(examples, max_length, reporter=reporter)
-    items = [{"input_ids": e.input_ids, "labels": _labels(e, loss_on)} for e in kept]
-    return TrainSet(items, [[e.where] for e in kept], packed=False, tokens=_tokens(kept))
+    kept = fit(examples, max_length, reporter=reporter).examples
+    where = [[example.where] for example in kept]
+    return TrainSet(_items(kept, loss_on), where, packed=False, tokens=_tokens(kept))
 
 
 def collate(items: Sequence[Item], *, pad_id: int = 0) -> dict[str, Any]:
@@ -127,24 +134,22 @@ def collate(items: Sequence[Item], *, pad_id: int = 0) -> dict[str, Any]:
         Keyword arguments of a transformers model: `input_ids` and `labels` [B, S], int64, with
         `position_ids` [B, S] if packed, else with `attention_mask` [B, S]; padded on the right.
         `use_cache` is False: given a cache, transformers does not look for packed examples.
+        Where items have `loss_weights`, those too, [B, S], float32; they are for
+        `esft.labelled.labelled_logits`, a model does not know them.
     """
-    if "position_ids" in items[0]:
-        keys = ("input_ids", "labels", "position_ids")
-        return {key: torch.tensor([item[key] for item in items]) for key in keys} | {
-            "use_cache": False
-        }
     longest = max(len(item["input_ids"]) for item in items)
-
-    def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-    ids = [item["input_ids"] for item in items]
-    return {
-        "input_ids": padded(ids, pad_id),
-        "labels": padded([item["labels"] for item in items], IGNORED),
-        "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "use_cache": False,
+    fill = {"input_ids": pad_id, **_FILL}
+    batch: dict[str, Any] = {
+        key: torch.tensor([item[key] + [value] * (longest - len(item[key])) for item in items])
+        for key, value in fill.items()
+        if key in items[0]
     }
+    if "position_ids" in items[0]:
+        batch["position_ids"] = torch.tensor([item["position_ids"] for item in items])
+    else:
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch | {"use_cache": False}
 
 
 def sample(
@@ -179,20 +184,24 @@ def sample(
             break
         example = examples[index]
         length = min(len(example.input_ids), seq_len or left, left)
-        drawn.append(shorten(example, length))
+        drawn.append(example.part(0, length))
         left -= length
     return drawn
 
 
-def _labels(example: Example, loss_on: LossOn) -> list[int]:
-    labels = [
-        token if loss_on == "all" or answer else IGNORED
-        for token, answer in zip(example.input_ids, example.completion, strict=True)
+def _items(examples: Sequence[Example], loss_on: LossOn) -> list[Item]:
+    items: list[Item] = [
+        {"input_ids": example.input_ids, "labels": example.labels(loss_on)} for example in examples
     ]
-    # Nothing before it predicts a document's first token; in a block, that would be the last
-    # token of the document before.
-    labels[0] = IGNORED
-    return labels
+    weighted = any(
+        label != IGNORED and weight != 1
+        for example, item in zip(examples, items, strict=True)
+        for label, weight in zip(item["labels"], example.weights or (), strict=False)
+    )
+    if weighted:
+        for example, item in zip(examples, items, strict=True):
+            item["loss_weights"] = example.weights or [1.0] * len(example.input_ids)
+    return items
 
 
 def _tokens(examples: Sequence[Example]) -> int:

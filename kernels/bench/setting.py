@@ -16,7 +16,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from esft.data.encode import Example, encode_rows
+from esft.data.encode import encode_rows
+from esft.data.example import Example
 from esft.data.packing import collate, pack
 from esft.data.rows import read_rows
 from esft.loading import DTYPES, load_model, load_tokenizer

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from esft.data.encode import Example, encode_prompt, encode_rows, fit
-from esft.data.rows import Message, Row
+from esft.data.encode import encode_prompt, encode_rows
+from esft.data.example import Example
+from esft.data.row import Message, Row
 from esft.errors import DataError, ModelError
 from tests.toy_tokenizers import (
     CHATML,
@@ -303,54 +304,6 @@ def test_a_template_that_leaves_the_answer_out() -> None:
 def test_a_tokenizer_without_eos() -> None:
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         encode_rows([Row("f:1", prompt="a", completion="b")], byte_tokenizer(eos=None))
-
-
-class Notes:
-    """A reporter that keeps its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def task(self, title: str, total: int, unit: str) -> Any:
-        raise AssertionError("no progress on a handful of rows")
-
-
-def example(prompt: int, answer: int, after: int = 0, where: str = "f:1") -> Example:
-    length = prompt + answer + after
-    return Example(list(range(length)), [False] * prompt + [True] * answer + [False] * after, where)
-
-
-def test_rows_that_do_not_fit_are_counted_and_reported() -> None:
-    examples = [
-        example(2, 3, where="f:1"),
-        example(4, 2, where="f:2"),
-        example(1, 3, 9, where="f:3"),
-        example(9, 1, where="f:4"),
-    ]
-    notes = Notes()
-    kept = fit(examples, 5, reporter=notes)
-    assert [(e.where, len(e.input_ids)) for e in kept] == [("f:1", 5), ("f:3", 5)]
-    assert kept[1].completion == [False, True, True, True, False]
-    assert notes.notes == [
-        "2 of 4 rows left out: their answers end beyond max_length 5 "
-        "(the first: f:2 with 6 tokens)",
-        "1 of 4 rows cut to max_length 5, after the answer",
-    ]
-
-
-def test_nothing_is_said_when_all_rows_fit() -> None:
-    notes = Notes()
-    examples = [example(2, 3), example(1, 1)]
-    assert fit(examples, 5, reporter=notes) == examples
-    assert notes.notes == []
-
-
-def test_no_row_fits() -> None:
-    with pytest.raises(DataError, match=r"^f:1 with 5 tokens: no row fits into max_length 4"):
-        fit([example(2, 3)], 4)
 
 
 def test_encode_rows_applies_max_length() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from esft.data.encode import Example
-from esft.data.packing import IGNORED, TrainSet, collate, pack, sample, separate
+from esft.data.example import IGNORED, Example
+from esft.data.packing import TrainSet, collate, pack, sample, separate
 from esft.errors import DataError
 from tests.models import FAMILIES, VOCAB, tiny
 

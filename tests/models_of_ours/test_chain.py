@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import esft
-from esft.data.encode import Example
+from esft.data.example import Example
 from esft.experts import attach, detach
 from esft.moe import MoeLayer, moe_layers
 from esft.profiling import profile_model

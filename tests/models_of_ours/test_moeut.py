@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from esft.data.encode import Example
+from esft.data.example import Example
 from esft.experts import attach
 from esft.models import MoeutConfig
 from esft.models.losses import usage_entropy

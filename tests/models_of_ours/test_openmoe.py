@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esft.data.encode import Example
+from esft.data.example import Example
 from esft.models.capacity import within_capacity
 from esft.models.losses import load_balance_loss, router_z_loss
 from esft.moe import moe_layers

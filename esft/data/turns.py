@@ -1,0 +1,127 @@
+"""Rendered conversations to tokens: which belong to which answer, and what they weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice, pairwise
+from typing import Any
+
+from esft.data.chat import Rendering
+from esft.data.example import Example
+from esft.data.row import Row
+from esft.data.tokens import end_ids, token_ids
+from esft.errors import DataError
+
+
+def tokenise_chats(
+    chats: Sequence[tuple[Row, Rendering]],
+    tokenizer: Any,
+    *,
+    given: bool = False,
+    last_turn_only: bool = False,
+) -> list[Example | DataError]:
+    """Turn rendered conversations into tokens.
+
+    Args:
+        chats: rows and their text.
+        tokenizer: that of the renderings.
+        given: whether answers in the conversation's prompt are learnt, too; see `Row.given`.
+        last_turn_only: whether only the last answer is learnt.
+
+    Returns:
+        For each, its tokens, or that no answer's end is learnt.
+    """
+    # The template wrote the special tokens; the tokenizer must not add its own.
+    wholes = token_ids([rendering.text for _, rendering in chats], tokenizer)
+    cuts = [_cuts(rendering) for _, rendering in chats]
+    up_to = [
+        rendering.text[:cut] for (_, rendering), at in zip(chats, cuts, strict=True) for cut in at
+    ]
+    prefixes = iter(token_ids(up_to, tokenizer))
+    ends = end_ids(tokenizer)
+    examples: list[Example | DataError] = []
+    for (row, rendering), whole, at in zip(chats, wholes, cuts, strict=True):
+        parts = _parts(rendering.text, at, whole, list(islice(prefixes, len(at))), tokenizer)
+        learnt = _learnt(row, given=given, last_turn_only=last_turn_only)
+        examples.append(_example(row, rendering, parts, learnt, ends, tokenizer))
+    return examples
+
+
+def _cuts(rendering: Rendering) -> list[int]:
+    """Return where in the text answers start and end, in turn."""
+    return [cut for answer in rendering.answers for cut in (answer.start, answer.end)]
+
+
+def _parts(
+    text: str, cuts: list[int], whole: list[int], prefixes: list[list[int]], tokenizer: Any
+) -> list[list[int]]:
+    """Cut a text's tokens where its answers start and end; every second part is an answer."""
+    if all(whole[: len(prefix)] == prefix for prefix in prefixes):
+        edges = [0, *(len(prefix) for prefix in prefixes), len(whole)]
+        return [whole[a:b] for a, b in pairwise(edges)]
+    # A token spans a cut. A model that answers sees the prompt's tokens end there, so the text is
+    # tokenised in parts.
+    return token_ids([text[a:b] for a, b in pairwise([0, *cuts, len(text)])], tokenizer)
+
+
+def _learnt(row: Row, *, given: bool, last_turn_only: bool) -> set[int]:
+    """Return which messages are answers to learn, by their index."""
+    turns = [i for i, message in enumerate(row.messages) if message.role == "assistant"]
+    if last_turn_only:
+        turns = turns[-1:]
+    return {i for i in turns if (given or i >= row.given) and row.messages[i].weight != 0}
+
+
+def _example(
+    row: Row,
+    rendering: Rendering,
+    parts: list[list[int]],
+    learnt: set[int],
+    ends: set[int],
+    tokenizer: Any,
+) -> Example | DataError:
+    ids: list[int] = []
+    completion: list[bool] = []
+    weights: list[float] = []
+    ended = False
+    for place, part in enumerate(parts):
+        answer, weight = 0, 1.0
+        if place % 2:
+            message = rendering.answers[place // 2].message
+            weight = _weight(row.messages[message].weight)
+            if message in learnt:
+                end = _end(part, ends, tokenizer)
+                answer = len(part) if end is None or rendering.marked else end
+                ended |= end is not None
+        ids += part
+        completion += [True] * answer + [False] * (len(part) - answer)
+        weights += [weight] * len(part)
+    if any(completion) and not ended:
+        left_out = (
+            "the chat template's generation tags leave it out"
+            if rendering.marked
+            else "the chat template writes none"
+        )
+        return DataError(
+            f"{row.where}: no end-of-turn token among the answer's ({left_out}): the model would "
+            f"never learn to stop; mend the template, or use `prompt` and `completion`"
+        )
+    uniform = all(weight == 1 for weight in weights)
+    return Example(ids, completion, row.where, None if uniform else weights)
+
+
+def _end(part: list[int], ends: set[int], tokenizer: Any) -> int | None:
+    """Count a rendered answer's tokens up to the one that ends the turn; None if there is none.
+
+    Templates put a line break after it, which the model never gets to write.
+    """
+    for length in range(len(part), 0, -1):
+        if part[length - 1] in ends:
+            return length
+        if tokenizer.decode([part[length - 1]]).strip():
+            return None
+    return None
+
+
+def _weight(weight: float | None) -> float:
+    return 1.0 if weight is None else float(weight)
