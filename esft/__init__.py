@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # binds its name in the package, which would hide a function of the same name.
 _HOME = {
     "EsftError": "esft.errors",
+    "SaveDelta": "esft.delta_callback",
     "Scores": "esft.scores",
     "Selection": "esft.selection",
     "attach": "esft.experts",
@@ -38,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "EsftError",
+    "SaveDelta",
     "Scores",
     "Selection",
     "__version__",
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from esft.delta_callback import SaveDelta
     from esft.errors import EsftError
     from esft.evaluation import evaluate
     from esft.experts import attach, detach
