@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esft.data.bad_rows import STRICT, BadRows
 from esft.data.batching import batches, padded
 from esft.data.encode import Example, encode_rows
 from esft.data.rows import read_rows
+from esft.data.sources import Source
 from esft.errors import DataError, EsftError, ModelError
 from esft.inference import load
 from esft.progress import SILENT, Reporter
@@ -56,25 +58,27 @@ class Evaluation:
 
 def evaluate(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Source,
     *,
     delta: str | Path | None = None,
     device: str | None = None,
     dtype: str = "auto",
     batch_tokens: int = 4096,
     max_rows: int | None = None,
+    bad_rows: BadRows = STRICT,
     reporter: Reporter = SILENT,
 ) -> Evaluation:
     """Score a model on a test set.
 
     Args:
         model: a checkpoint's folder, a hub id, or `tiny-moe`.
-        data: a JSONL file, see `esft.data.rows`.
+        data: a test set, see `esft.data.rows.read_rows`.
         delta: folder of a delta made from this model.
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
         dtype: see `esft.loading.pick_dtype`.
         batch_tokens: see `evaluate_model`.
-        max_rows: score only the first rows of the file.
+        max_rows: score only the first rows of the set.
+        bad_rows: collects rows that cannot be used, if any may be skipped.
         reporter: shows progress.
 
     Raises:
@@ -85,9 +89,10 @@ def evaluate(
     """
     if max_rows is not None and max_rows < 1:
         raise DataError(f"--max-rows {max_rows}: expected at least 1")
-    rows = read_rows(data)[:max_rows]  # first: a bad line shows at once, loading takes a while
+    # First: a bad line shows at once, loading takes a while.
+    rows = read_rows(data, bad_rows=bad_rows, reporter=reporter)[:max_rows]
     loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
-    examples = encode_rows(rows, tokenizer, reporter=reporter)
+    examples = encode_rows(rows, tokenizer, bad=bad_rows, reporter=reporter)
     return evaluate_model(loaded, examples, batch_tokens=batch_tokens, reporter=reporter)
 
 

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esft.cooccurrence import Cooccurrence
+from esft.data.bad_rows import STRICT, BadRows
 from esft.data.batching import batches, padded
 from esft.data.encode import Example, encode_rows
 from esft.data.packing import sample
-from esft.data.rows import Row, read_rows
+from esft.data.row import Row
+from esft.data.rows import read_rows
+from esft.data.sources import Source
 from esft.diagnostics import routing
 from esft.errors import DataError
 from esft.layer_scores import HalfScores, LayerScores
@@ -44,13 +47,14 @@ _ROWS_ENCODED = 1000  # at a time, until the sample has its tokens
 
 def profile(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Source,
     *,
     tokens: int = TOKENS,
     seq_len: int = SEQ_LEN,
     seed: int = 0,
     count: str = "all",
     cooccurrence: bool = False,
+    bad_rows: BadRows = STRICT,
     device: str | None = None,
     dtype: str = "auto",
     reporter: Reporter = SILENT,
@@ -59,12 +63,13 @@ def profile(
 
     Args:
         model: a checkpoint's folder, a hub id, or `tiny-moe`.
-        data: a JSONL file with `prompt` and `completion`, or `messages`.
+        data: the task set, see `esft.data.rows.read_rows`.
         tokens: size of the sample; rows are drawn until they have this many tokens together.
         seq_len: longer rows are cut to this many tokens, or to what the model can take.
         seed: of the sample.
         count: which tokens count: `all`, or only those of the `prompt` or the `completion`.
         cooccurrence: also count how often two experts of a layer serve the same token.
+        bad_rows: collects rows that cannot be used, if any may be skipped.
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
         dtype: of the weights in memory, see `esft.loading.pick_dtype`.
         reporter: shown the progress.
@@ -74,13 +79,21 @@ def profile(
         DataError: the data cannot be read (`file:line: reason`), or no token counts.
     """
     _check(count, tokens, seq_len)
-    rows = read_rows(data)
+    source = data if isinstance(data, Source) else Source(str(data))
+    rows = read_rows(source, bad_rows=bad_rows, reporter=reporter)
     folder = resolve(model)
     # Loading weights may take minutes: what can fail before it, fails before it.
     skeleton = load_skeleton(folder)
     moe_layers(skeleton)
     seq_len = context_length(skeleton, seq_len)
-    examples = sample_rows(rows, load_tokenizer(folder), tokens=tokens, seq_len=seq_len, seed=seed)
+    examples = sample_rows(
+        rows,
+        load_tokenizer(folder),
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        bad_rows=bad_rows,
+    )
     loaded = load_model(folder, device=device, dtype=dtype)
     scores = profile_model(
         loaded,
@@ -91,7 +104,7 @@ def profile(
         bytes_per_parameter=stored_bytes(folder),
         reporter=reporter,
     )
-    drawn = {"data": str(data), "seq_len": seq_len, "seed": seed}
+    drawn = {"data": source.path, "seq_len": seq_len, "seed": seed}
     return replace(scores, sample=scores.sample | drawn)
 
 
@@ -194,7 +207,13 @@ def profile_model(
 
 
 def sample_rows(
-    rows: Sequence[Row], tokenizer: Any, *, tokens: int, seq_len: int, seed: int
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    bad_rows: BadRows = STRICT,
 ) -> list[Example]:
     """Draw a seeded sample of rows, turning no more of them into tokens than it needs.
 
@@ -204,6 +223,7 @@ def sample_rows(
         tokens: rows are drawn until they have this many together.
         seq_len: longer rows are cut to this many tokens.
         seed: of the order; the same seed and rows give the same sample.
+        bad_rows: collects rows that cannot be used, if any may be skipped.
 
     Raises:
         DataError: a row cannot be turned into tokens.
@@ -214,7 +234,8 @@ def sample_rows(
     for start in range(0, len(shuffled), _ROWS_ENCODED):
         if budget <= 0:
             break
-        encoded = encode_rows(shuffled[start : start + _ROWS_ENCODED], tokenizer)
+        chunk = shuffled[start : start + _ROWS_ENCODED]
+        encoded = encode_rows(chunk, tokenizer, bad=bad_rows)
         budget -= sum(min(len(example.input_ids), seq_len) for example in encoded)
         examples += encoded
     return sample(examples, tokens, seed, seq_len=seq_len)

@@ -15,9 +15,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from esft.data.sources import is_local
 from esft.errors import RecipeError, SelectionError, nearest
 from esft.locating import TINY_MOE
-from esft.recipe_sections import DataSpec, LoraSpec, Recipe, SelectionSpec
+from esft.recipe_sections import (
+    CheckpointSpec,
+    DataSpec,
+    LoraSpec,
+    LossSpec,
+    Recipe,
+    SelectionSpec,
+    SourceSpec,
+    TrainSpec,
+)
 from esft.recipe_text import Key, Override, Places, parse_override, read_mapping
 from esft.selection_rule import METRICS, make_rule
 from esft.training_fields import check_training
@@ -121,7 +131,8 @@ def _explain(error: ValidationError, places: Places) -> str:
     same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
     first = unknown[0] if unknown else max(same, key=lambda e: len(e["loc"]))
     # pydantic adds these types to the path; keys of a recipe have other names.
-    types = ("str", "int", "list[str]", "SelectionSpec", "LoraSpec")
+    types = {"str", "int", "float", "literal['auto']", "list[str]", "list[union[str,SourceSpec]]"}
+    types |= {"SelectionSpec", "TrainSpec", "LoraSpec", "SourceSpec"}
     key = tuple(str(part) for part in first["loc"] if part not in types)
     place = places.of(key)
     if first["type"] == "extra_forbidden":
@@ -139,9 +150,13 @@ def _known(key: Key) -> list[str]:
     sections: dict[Key, type[BaseModel]] = {
         ("data",): DataSpec,
         ("selection",): SelectionSpec,
+        ("train",): TrainSpec,
         ("lora",): LoraSpec,
+        ("checkpoints",): CheckpointSpec,
+        ("losses",): LossSpec,
     }
-    return list(sections.get(key, Recipe).model_fields)
+    section = SourceSpec if key[:2] in (("data", "train"), ("data", "eval")) else Recipe
+    return list(sections.get(key, section).model_fields)
 
 
 def _check_together(recipe: Recipe, places: Places) -> None:
@@ -156,6 +171,8 @@ def _check_together(recipe: Recipe, places: Places) -> None:
                 f"{places.of(('param_dtype',))}: is of selected experts; with method "
                 f"{recipe.method} set dtype"
             )
+    if recipe.train is not None:
+        _check_train(recipe, recipe.train, places)
     if recipe.lora is not None and recipe.method != "lora":
         raise RecipeError(f"{places.of(('lora',))}: is for method: lora, not {recipe.method}")
     if recipe.method == "random" and isinstance(recipe.selection, str):
@@ -163,8 +180,17 @@ def _check_together(recipe: Recipe, places: Places) -> None:
             f"{places.of(('selection',))}: method random draws its own experts, as many as a rule "
             f"would pick; give the rule (metric: {' or '.join(METRICS)}, p, ...) instead of a file"
         )
+    if recipe.losses is not None:
+        _check_losses(recipe.losses, places)
     if isinstance(recipe.selection, SelectionSpec):
         _check_rule(recipe.selection, places)
+    if recipe.checkpoints.keep_best:
+        scored = recipe.training.get("eval_strategy", "no") != "no"
+        if not scored or recipe.training.get("save_strategy", "no") == "no":
+            raise RecipeError(
+                f"{places.of(('checkpoints', 'keep_best'))}: needs training.save_strategy and "
+                f"training.eval_strategy: only checkpoints of steps that are scored can be best"
+            )
     if recipe.data.eval is None:
         asked = {"eval_strategy": "no", "eval_on_start": False}
         for key, silent in asked.items():
@@ -172,6 +198,41 @@ def _check_together(recipe: Recipe, places: Places) -> None:
                 raise RecipeError(
                     f"{places.of(('training', key))}: is set, but data.eval names no test set"
                 )
+
+
+def _check_losses(losses: LossSpec, places: Places) -> None:
+    if losses.device_balance and losses.devices is None:
+        raise RecipeError(
+            f"{places.of(('losses', 'device_balance'))}: needs losses.devices: how many devices, "
+            f"or the ids of each one's experts"
+        )
+    if losses.devices is not None and not losses.device_balance:
+        raise RecipeError(f"{places.of(('losses', 'devices'))}: is for losses.device_balance")
+
+
+def _check_train(recipe: Recipe, train: TrainSpec, places: Places) -> None:
+    experts = places.of(("train", "experts"))
+    if not recipe.trains_experts:
+        instead = "lora.target_modules says where adapters go"
+        raise RecipeError(
+            f"{places.of(('train',))}: is for the methods esft and random; with method "
+            f"{recipe.method} {instead if recipe.method == 'lora' else 'everything trains'}"
+        )
+    if train.experts == "selection":
+        return
+    if recipe.method == "random":
+        raise RecipeError(
+            f"{experts}: is {train.experts}, which leaves nothing to chance; use method: esft"
+        )
+    if recipe.selection is not None:
+        raise RecipeError(
+            f"{experts}: is {train.experts}, and selection names some; leave one of them out"
+        )
+    if train.experts == "none" and not any(train.parts.values()):
+        raise RecipeError(
+            f"{experts}: is none, and so nothing would train; turn on one of "
+            f"train.{', train.'.join(train.parts)}"
+        )
 
 
 def _check_rule(spec: SelectionSpec, places: Places) -> None:
@@ -190,14 +251,24 @@ def _make_paths_absolute(value: dict[str, Any], folder: Path) -> None:
     data = value.get("data")
     if isinstance(data, dict):
         for key in ("train", "eval"):
-            if isinstance(data.get(key), str):
-                data[key] = _absolute(data[key], folder)
+            if key in data:
+                data[key] = _absolute_sources(data[key], folder)
     if isinstance(value.get("selection"), str):
         value["selection"] = _absolute(value["selection"], folder)
     model = value.get("model")
     # A hub id looks like a relative path; it is one only if the folder is there.
     if isinstance(model, str) and model != TINY_MOE and (folder / model).is_dir():
         value["model"] = _absolute(model, folder)
+
+
+def _absolute_sources(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute_sources(source, folder) for source in value]
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _absolute_sources(value["path"], folder)}
+    if isinstance(value, str) and is_local(value, folder):
+        return _absolute(value, folder)
+    return value
 
 
 def _absolute(path: str, folder: Path) -> str:

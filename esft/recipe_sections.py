@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from esft.data.formats import FormatOrAuto
+from esft.data.mixture import StoppingStrategy
 from esft.recipe_text import to_yaml
 
 
@@ -13,16 +15,22 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# Of a loss: 0 turns it off, and it costs nothing then.
+_Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class SelectionSpec(_Strict):
     """Which experts to train: the options of `esft profile` and `esft select`."""
 
     metric: Literal["token", "gate"] | None = None
-    p: float | None = None
+    p: float | Literal["auto"] | None = None
+    cover: float | None = None
     mass: Literal["share", "raw"] | None = None
     round: int | None = None
     preset: str | None = None
     top_n: int | None = None
     budget: str | int | None = None
+    group: int | None = None
     layers: str | int | None = None
     random: int | None = None
     tokens: int = Field(default=131_072, gt=0)
@@ -36,14 +44,55 @@ class SelectionSpec(_Strict):
         return self.model_dump(exclude=sample, exclude_none=True)
 
 
+class TrainSpec(_Strict):
+    """What trains, as in the ablation of arXiv 2407.01906; the parts are `esft.trained_parts`.
+
+    A part that is None does what the flags of the selection's file say.
+    """
+
+    experts: Literal["selection", "all", "none"] = "selection"
+    shared_experts: bool | None = None
+    non_expert_modules: bool | None = None
+    router: bool | None = None
+
+    @property
+    def parts(self) -> dict[str, bool | None]:
+        """The parts beside the routed experts, as `esft.attach` takes them."""
+        return self.model_dump(exclude={"experts"})
+
+
+class SourceSpec(_Strict):
+    """A file, a folder of files, or a data set of the hub; see `esft.data.sources.Source`."""
+
+    path: str
+    format: FormatOrAuto | None = None
+    split: str | None = None
+    config: str | None = None
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+Sources = str | SourceSpec | Annotated[list[str | SourceSpec], Field(min_length=1)]
+
+
 class DataSpec(_Strict):
     """Task sets, and what of them is learnt."""
 
-    train: str
-    eval: str | None = None
+    train: Sources
+    eval: Sources | None = None
+    format: FormatOrAuto = "auto"
+    stopping_strategy: StoppingStrategy = "first_exhausted"
+    seed: int = 0
+    skip_bad: int = Field(default=0, ge=0)
     loss_on: Literal["completion", "all"] = "completion"
     max_length: int = Field(default=1024, gt=1)
     packing: bool = True
+
+    def sources(self, which: Literal["train", "eval"]) -> list[SourceSpec]:
+        """Return the sources of a task set, each with its format; none if there is no such set."""
+        given = getattr(self, which)
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        specs = [SourceSpec(path=item) if isinstance(item, str) else item for item in listed]
+        return [spec.model_copy(update={"format": spec.format or self.format}) for spec in specs]
 
 
 class LoraSpec(_Strict):
@@ -55,6 +104,36 @@ class LoraSpec(_Strict):
     target_parameters: list[str] | None = None
 
 
+class LossSpec(_Strict):
+    """Losses of routers, each by its coefficient; see docs/losses.md. 0 is off."""
+
+    load_balance: _Coefficient = 0.0
+    expert_balance: _Coefficient = 0.0
+    device_balance: _Coefficient = 0.0
+    devices: Annotated[int, Field(gt=0)] | list[list[int]] | None = None
+    sequence_balance: _Coefficient = 0.0
+    importance: _Coefficient = 0.0
+    router_z: _Coefficient = 0.0
+    bias_update: _Coefficient = 0.0
+
+    def coefficients(self) -> dict[str, float]:
+        """Return the losses that are on, by name, without the bias update."""
+        found = self.model_dump(exclude={"devices", "bias_update"})
+        return {name: value for name, value in found.items() if value}
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is on."""
+        return bool(self.coefficients() or self.bias_update)
+
+
+class CheckpointSpec(_Strict):
+    """Which checkpoints are kept; `training.save_strategy` says when one is written."""
+
+    keep_last: int = Field(default=2, gt=0)
+    keep_best: int = Field(default=0, ge=0)
+
+
 class Recipe(_Strict):
     """A whole run; what is None is chosen when it is trained, see docs/train.md."""
 
@@ -62,16 +141,24 @@ class Recipe(_Strict):
     method: Literal["esft", "random", "lora", "full"] = "esft"
     selection: str | SelectionSpec | None = None
     data: DataSpec
+    train: TrainSpec | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     lora: LoraSpec | None = None
+    losses: LossSpec | None = None
     dtype: Literal["auto", "checkpoint", "float32", "bfloat16", "float16"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
+    checkpoints: CheckpointSpec = Field(default_factory=CheckpointSpec)
 
     @property
     def trains_experts(self) -> bool:
-        """Whether the method trains a selection of experts."""
+        """Whether the method trains experts, and parts beside them, as `train` says."""
         return self.method in ("esft", "random")
+
+    @property
+    def selects_experts(self) -> bool:
+        """Whether it is a selection of the experts that trains, not all or none of them."""
+        return self.trains_experts and (self.train or TrainSpec()).experts == "selection"
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; reading it gives an equal recipe."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -58,11 +59,14 @@ def esft_json(*arguments: Argument) -> Any:
 
 
 def refusal(*arguments: Argument, code: int = 1) -> str:
-    """Run `esft ARGUMENTS`, which must exit with `code` and print one line of error; return it."""
+    """Run `esft ARGUMENTS`, which must exit with `code` and print one line of error; return it.
+
+    Before it may only stand what was read, a line a source: `train.jsonl: text, 7 rows`.
+    """
     result = esft(*arguments)
     assert result.returncode == code, result.stdout + result.stderr
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    *read, error = result.stderr.splitlines()
+    assert all(re.fullmatch(r".+: [a-z-]+, [\d,]+ rows?", line) for line in read), result.stderr
+    assert error.startswith("error: ")
+    return error

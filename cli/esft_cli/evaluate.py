@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from esft_cli import output
+from esft_cli import data_options, output
 
 
 def evaluate(
     model: output.Model,
-    data: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Test set: JSONL, prompt/completion or messages."),
-    ],
+    data: data_options.Data,
     delta: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A delta made from MODEL, to score with it.")
     ] = None,
@@ -25,6 +22,10 @@ def evaluate(
     batch_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens at a time; fewer need less memory.")
     ] = 4096,
+    format_: data_options.Format = "auto",
+    split: data_options.Split = None,
+    config: data_options.Config = None,
+    skip_bad: data_options.SkipBad = 0,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
     trust_remote_code: output.TrustRemoteCode = False,
@@ -36,17 +37,21 @@ def evaluate(
     included; loss is the mean over answer tokens.
     """
     import esft
+    from esft.data.bad_rows import BadRows
 
+    bad_rows = BadRows(skip_bad)
     found = esft.evaluate(
         model,
-        data,
+        data_options.source(data, format_, split, config),
         delta=delta,
         device=device,
         dtype=dtype,
         batch_tokens=batch_tokens,
         max_rows=max_rows,
+        bad_rows=bad_rows,
         reporter=output.reporter(),
     )
+    data_options.report_skipped(bad_rows)
     if json:
         output.print_json(found.to_dict())
         return

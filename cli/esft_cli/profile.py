@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from esft_cli import output
+from esft_cli import data_options, output
 
 if TYPE_CHECKING:
     from esft.scores import Scores
@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 def profile(
     model: output.Model,
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="The task's training data: JSONL with prompt and completion, or messages.",
-        ),
-    ],
+    data: data_options.Data,
     out: Annotated[Path, typer.Option(metavar="scores.json", help="Where to write the scores.")],
     tokens: Annotated[
         int, typer.Option(metavar="N", help="Size of the sample: rows are drawn up to N tokens.")
@@ -46,6 +40,10 @@ def profile(
             "takes time.",
         ),
     ] = False,
+    format_: data_options.Format = "auto",
+    split: data_options.Split = None,
+    config: data_options.Config = None,
+    skip_bad: data_options.SkipBad = 0,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
     trust_remote_code: output.TrustRemoteCode = False,
@@ -56,22 +54,26 @@ def profile(
     Runs a sample of the data through the model, without training it. Next: esft select.
     """
     import esft
+    from esft.data.bad_rows import BadRows
     from esft.files import refuse_unwritable
 
     refuse_unwritable(out)
+    bad_rows = BadRows(skip_bad)
     scores = esft.profile(
         model,
-        data,
+        data_options.source(data, format_, split, config),
         tokens=tokens,
         seq_len=seq_len,
         seed=seed,
         count=count,
         cooccurrence=cooccurrence,
+        bad_rows=bad_rows,
         device=device,
         dtype=dtype,
         reporter=output.reporter(),
     )
     scores.write(out)
+    data_options.report_skipped(bad_rows, out.parent / "bad_rows.jsonl")
     if json:
         facts = {"model": scores.model, "sample": scores.sample, "stability": scores.stability}
         routing = {

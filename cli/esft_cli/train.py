@@ -20,10 +20,11 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.", metavar="RUN")],
     data: Annotated[
-        str | None, typer.Option(help="Training rows (JSONL), without a recipe.", metavar="FILE")
+        str | None, typer.Option(help="Training rows, without a recipe.", metavar="FILE|DIR|ID")
     ] = None,
     eval_: Annotated[
-        str | None, typer.Option("--eval", help="Test rows, without a recipe.", metavar="FILE")
+        str | None,
+        typer.Option("--eval", help="Test rows, without a recipe.", metavar="FILE|DIR|ID"),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="esft, random, lora or full.", metavar="NAME")
@@ -46,6 +47,14 @@ def train(
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override a recipe's key; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    skip_bad: Annotated[
+        int | None,
+        typer.Option(
+            help="Go on without up to N rows that cannot be used, listed in bad_rows.jsonl "
+            "(data.skip_bad).",
+            metavar="N",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")
@@ -73,6 +82,7 @@ def train(
         "--lr": (("training", "learning_rate"), lr),
         "--device": (("device",), device),
         "--eval": (("data", "eval"), eval_),
+        "--skip-bad": (("data", "skip_bad"), skip_bad),
     }
     chosen: list[str | Override] = [
         Override(option, key, value)

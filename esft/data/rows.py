@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from esft.data.bad_rows import STRICT, BadRows
-from esft.data.formats import FormatOrAuto
 from esft.data.row import Message, Row
 from esft.data.sources import Source, read_source
 from esft.progress import SILENT, Reporter
@@ -14,21 +13,13 @@ __all__ = ["Message", "Row", "read_rows"]
 
 
 def read_rows(
-    path: str | Path,
-    *,
-    format: FormatOrAuto = "auto",
-    split: str | None = None,
-    config: str | None = None,
-    bad_rows: BadRows = STRICT,
-    reporter: Reporter = SILENT,
+    data: str | Path | Source, *, bad_rows: BadRows = STRICT, reporter: Reporter = SILENT
 ) -> list[Row]:
     """Read a task set: a file, a folder of files, or a data set of the hub.
 
     Args:
-        path: `.jsonl`, `.json`, `.csv` or `.parquet`, a folder of such files, or `owner/name`.
-        format: of every row; `auto` detects it from the first.
-        split: of a data set of the hub, or the beginning of the names of a folder's files.
-        config: of a data set of the hub.
+        data: `.jsonl`, `.json`, `.csv` or `.parquet`, a folder of such files, or `owner/name`; a
+            `Source` says also how to read it.
         bad_rows: collects rows that cannot be used, if any may be skipped.
         reporter: told the format and the number of rows.
 
@@ -36,5 +27,5 @@ def read_rows(
         DataError: the data cannot be read, or holds no rows, or a row cannot be used; the message
             starts with `file:` or `file:line:`.
     """
-    source = Source(str(path), format=format, split=split, config=config)
+    source = data if isinstance(data, Source) else Source(str(data))
     return read_source(source, bad_rows=bad_rows, reporter=reporter).rows

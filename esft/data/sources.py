@@ -77,7 +77,7 @@ def read_sources(
     """Read rows: one source's after the other's, or where one has a weight, a mixture of them.
 
     Args:
-        sources: at least one.
+        sources: of a task set; none give no rows.
         strategy: where a mixture ends, see `esft.data.mixture.shares`.
         seed: of a mixture.
         bad_rows: collects rows that cannot be used, if any may be skipped.
@@ -143,31 +143,37 @@ def read_source(
     return read
 
 
-def identity(source: Source) -> dict[str, Any]:
+def identity(source: Source) -> Any:
     """Return what must be the same for two readings of a source to give the same rows.
 
-    The sha256 of each file in order, or of the rows of a data set of the hub, and how they are
-    read; not where files lie.
+    The sha256 of a file, or of the rows of a data set of the hub; of a folder, that of each file,
+    numbered from 1. Where the source has a format or a weight, these with it. Where files lie, and
+    how they are called, does not matter.
 
     Raises:
         DataError: the source cannot be read.
     """
-    if (files := _files(source)) is not None:
-        hashes = [_sha256(file) for file in files[0]]
+    contents: Any
+    if (found := _files(source)) is not None:
+        hashes = [_sha256(file) for file in found[0]]
+        numbered = {str(number): one for number, one in enumerate(hashes, start=1)}
+        contents = hashes[0] if len(hashes) == 1 else numbered
     else:
         digest = hashlib.sha256()
         for _, value in read_hub(source.path, source.config, source.split):
             digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
-        hashes = [digest.hexdigest()]
-    return {"format": source.format, "weight": source.weight, "sha256": hashes}
+        contents = digest.hexdigest()
+    if source.format == "auto" and source.weight is None:
+        return contents
+    return {"format": source.format, "weight": source.weight, "sha256": contents}
 
 
-def is_local(path: str) -> bool:
+def is_local(path: str, folder: Path = Path()) -> bool:
     """Tell whether a source is a file or folder; what is neither there nor a hub id counts as one.
 
     A path may look like `owner/name`: then it is local if it is there, or called like a file.
     """
-    return is_data_file(Path(path)) or not is_hub_id(path) or Path(path).exists()
+    return is_data_file(Path(path)) or not is_hub_id(path) or (folder / path).exists()
 
 
 def _find(source: Source, bad_rows: BadRows) -> tuple[Found, list[str]]:

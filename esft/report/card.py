@@ -18,7 +18,7 @@ _CARD = """\
 |---|---|
 | base | `{{ recipe.model }}` |
 | method | {{ result.method }} |
-| training data | `{{ recipe.data.train }}` |
+| training data | `{{ recipe.data.sources("train") | map(attribute="path") | join("`, `") }}` |
 | steps | {{ result.steps }} |
 {% if result.train_loss is not none -%}
 | training loss (mean over the steps) | {{ "%.4f" % result.train_loss }} |
@@ -27,7 +27,8 @@ _CARD = """\
 ({{ "%.1f" % (100 * result.trained / result.total) }} % of the model) |
 | size of the delta | {{ "{:,}".format(result.delta_bytes) }} bytes |
 {% if result.evaluation -%}
-| exact match on `{{ recipe.data.eval }}` | {{ "%.3f" % result.evaluation.exact_match }} |
+| exact match on `{{ recipe.data.sources("eval") | map(attribute="path") | join("`, `") }}` \
+| {{ "%.3f" % result.evaluation.exact_match }} |
 | loss there | {{ "%.4f" % result.evaluation.loss }} |
 {% endif %}
 {% if selection -%}

@@ -24,19 +24,19 @@ from tests.command import ROOT, esft, esft_json, esft_process, python_process
 OPTIONS = {
     "demo": "--out --task --steps --json",
     "inspect": "model --trust-remote-code --json",
-    "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --device "
-    "--dtype --trust-remote-code --json",
+    "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --format "
+    "--split --config --skip-bad --device --dtype --trust-remote-code --json",
     "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
     "--group --layers --random --json",
     "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "
-    "--resume --device --trust-remote-code --json",
+    "--skip-bad --resume --device --trust-remote-code --json",
     "merge": "base deltas --out --on-conflict --json",
     "verify": "base deltas --merged --on-conflict --json",
     "unmerge": "merged delta --out --base --json",
     "export": "delta --out --base --compress --official --json",
     "import": "adapter --base --out --config --json",
-    "eval": "model --data --delta --max-rows --batch-tokens --device --dtype --trust-remote-code "
-    "--json",
+    "eval": "model --data --delta --max-rows --batch-tokens --format --split --config --skip-bad "
+    "--device --dtype --trust-remote-code --json",
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
     "--dtype --trust-remote-code --json",
     "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
