@@ -10,6 +10,8 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from esft.secrets import redact
+
 
 class Reporter(Protocol):
     """Listens to long work. A library function takes one and defaults to `SILENT`."""
@@ -64,7 +66,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(redact(text), markup=False, soft_wrap=True)
 
     def task(self, title: str, total: int, unit: str) -> Task:
         """Open a bar, or a task that prints lines where there is no terminal."""

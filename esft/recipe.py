@@ -29,6 +29,7 @@ from esft.recipe_sections import (
     TrainSpec,
 )
 from esft.recipe_text import Key, Override, Places, parse_override, read_mapping
+from esft.secrets import has_secret
 from esft.selection_rule import METRICS, make_rule
 from esft.training_fields import check_training
 
@@ -105,6 +106,12 @@ def _plain(value: Any, key: Key, places: Places) -> Any:
         raise RecipeError(f"{places.of(key)}: not text, a number, true or false (got {value!r})")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{places.of(key)}: must be finite (got {value})")
+    if isinstance(value, str) and has_secret(value):
+        # A run writes its recipe down, and what it writes is shown to others.
+        raise RecipeError(
+            f"{places.of(key)}: holds an access token or a password; leave it out of the recipe: "
+            f"set HF_TOKEN, or run hf auth login"
+        )
     return value
 
 

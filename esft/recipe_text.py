@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.nodes import MappingNode, Node
+from yaml.nodes import MappingNode, Node, ScalarNode
 
 from esft.errors import RecipeError
 
@@ -17,6 +17,7 @@ Key = tuple[str, ...]  # ("training", "max_steps")
 
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _FLOAT = "tag:yaml.org,2002:float"
+_INT = "tag:yaml.org,2002:int"
 _EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
@@ -175,6 +176,21 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key.value, str):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: ScalarNode) -> int:
+        try:
+            value: int = super().construct_yaml_int(node)
+        except ValueError:  # more decimal digits than Python reads, or it would be text
+            value = 2**63
+        # Python would read some larger ones, and then fail to print them.
+        if not -(2**63) <= value < 2**63:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a whole number of more than 64 bits", node.start_mark
+            )
+        return value
+
+
+_Loader.add_constructor(_INT, _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):

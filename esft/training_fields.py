@@ -52,6 +52,7 @@ _NOT_HONOURED = {
     "enable_jit_checkpoint": "set save_strategy: steps instead",
     "load_best_model_at_end": "the last step's weights are saved",
     "push_to_hub": "upload the delta's folder yourself",
+    "hub_token": "a run writes its recipe down; set HF_TOKEN, or run hf auth login",
     "auto_find_batch_size": "a batch size found by failing would not be reproducible",
     "remove_unused_columns": "the rows have no columns to remove",
 }
@@ -62,6 +63,7 @@ _ABOVE_ZERO = (
     "per_device_train_batch_size",
     "save_total_limit",
 )
+_SEEDS = ("seed", "data_seed")  # NumPy's take 32 bits
 
 
 def check_training(training: Mapping[str, Any], places: Places) -> dict[str, Any]:
@@ -92,6 +94,8 @@ def check_training(training: Mapping[str, Any], places: Places) -> dict[str, Any
             ) from None
         if key in _ABOVE_ZERO and checked[key] is not None and not checked[key] > 0:
             raise RecipeError(f"{place}: must be above 0 (got {value!r})")
+        if key in _SEEDS and checked[key] is not None and not 0 <= checked[key] < 2**32:
+            raise RecipeError(f"{place}: must be from 0 to {2**32 - 1} (got {value!r})")
     return checked
 
 

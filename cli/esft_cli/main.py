@@ -59,13 +59,14 @@ def run() -> None:
     keep_freed_memory()
     _print_anything()
     from esft.errors import EsftError
+    from esft.secrets import redact
 
     try:
         app()
     except EsftError as error:
         if os.environ.get("ESFT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
