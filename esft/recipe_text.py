@@ -178,11 +178,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: ScalarNode) -> int:
-        try:
-            value: int = super().construct_yaml_int(node)
-        except ValueError:  # more decimal digits than Python reads, or it would be text
-            value = 2**63
-        # Python would read some larger ones, and then fail to print them.
+        # Python refuses to read some larger ones, and others later, to print them.
+        value: int = 2**63 if len(node.value) > 100 else super().construct_yaml_int(node)
         if not -(2**63) <= value < 2**63:
             raise yaml.constructor.ConstructorError(
                 None, None, "a whole number of more than 64 bits", node.start_mark
