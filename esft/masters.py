@@ -52,11 +52,11 @@ def add_masters(
             owned.setdefault(modules[path], {})[own] = narrow[parameter]
     for module, dtypes in owned.items():
         module.esft_computes_in = dtypes
-        module.__class__ = _casting(type(module), frozenset(dtypes))
+        module.__class__ = _casting(type(module), frozenset(dtypes))  # type: ignore[arg-type]
     for module, dtype_of_model in said.items():
         if module.dtype != dtype_of_model:  # it is that of the first parameter
             module.esft_dtype = dtype_of_model
-            module.__class__ = _saying_dtype(type(module))
+            module.__class__ = _saying_dtype(type(module))  # type: ignore[arg-type]
     return model.register_state_dict_post_hook(_show_narrow)
 
 
@@ -80,7 +80,7 @@ def remove_masters(model: PreTrainedModel, handle: RemovableHandle) -> None:
 
 
 @functools.cache
-def _casting(kind: Any, names: frozenset[str]) -> type[nn.Module]:
+def _casting(kind: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     """Return a class whose objects read these parameters as casts of them."""
 
     def cast(name: str) -> property:
@@ -102,7 +102,7 @@ def _casting(kind: Any, names: frozenset[str]) -> type[nn.Module]:
 
 
 @functools.cache
-def _saying_dtype(kind: Any) -> type[nn.Module]:
+def _saying_dtype(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a class of models whose `dtype` is what they compute in, not their first master's."""
     return _variant(kind, {"dtype": property(lambda self: self.esft_dtype)})
 

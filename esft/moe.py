@@ -18,6 +18,7 @@ from torch import nn
 from esft.errors import ModelError
 from esft.layouts import Layout, find_layout
 from esft.loading import load_skeleton
+from esft.trained_parts import NON_EXPERT_MODULES, PARTS, ROUTER, SHARED_EXPERTS, parameter_parts
 
 # Why families of transformers that have routed experts are refused, by the type of their language
 # model's config. A family is also refused, with a general reason, when its config counts experts
@@ -106,7 +107,7 @@ class Anatomy:
         layers: the layers with routed experts, by ascending index.
         total: all parameters, tied ones counted once.
         routed: parameters in routed experts.
-        shared: parameters in shared experts.
+        parts: parameters in the rest of the model, by part, see `esft.trained_parts`.
         per_expert: parameters of one routed expert of the first MoE layer.
     """
 
@@ -115,8 +116,13 @@ class Anatomy:
     layers: tuple[MoeLayer, ...]
     total: int
     routed: int
-    shared: int
+    parts: Mapping[str, int]
     per_expert: int
+
+    @property
+    def shared(self) -> int:
+        """Parameters in shared experts and their gates."""
+        return self.parts[SHARED_EXPERTS]
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -126,6 +132,8 @@ class Anatomy:
             "parameters": self.total,
             "routed_parameters": self.routed,
             "shared_parameters": self.shared,
+            "router_parameters": self.parts[ROUTER],
+            "non_expert_parameters": self.parts[NON_EXPERT_MODULES],
             "expert_parameters": self.per_expert,
             "layers": {
                 str(layer.index): {
@@ -185,16 +193,19 @@ def anatomy(model: nn.Module) -> Anatomy:
         ModelError: as `moe_layers`.
     """
     layers = moe_layers(model)
-    modules = dict(model.named_modules())
     sizes = [layer.num_experts * _expert_size(layer) for layer in layers]
-    shared = sum(_size(modules[name]) for layer in layers for name in layer.shared)
+    part_of = parameter_parts(model, layers)
+    parts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        if name in part_of:
+            parts[part_of[name]] += parameter.numel()
     return Anatomy(
         model_type=text_config(model).model_type,
         architecture=type(model).__name__,
         layers=layers,
-        total=_size(model),
+        total=sum(parameter.numel() for parameter in model.parameters()),
         routed=sum(sizes),
-        shared=shared,
+        parts=parts,
         per_expert=_expert_size(layers[0]),
     )
 
@@ -208,10 +219,6 @@ def text_config(model: nn.Module) -> Any:
     """Return the configuration of the language model, also inside a multimodal wrapper."""
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _expert_size(layer: MoeLayer) -> int:

@@ -27,7 +27,7 @@ from esft.shards import Entry, open_checkpoint, read_blocks, read_header, refuse
 CONFIG = "expert_cfg.json"
 _STEM = "model"
 _ROUTED = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?experts\.(\d+)\.")
-_SHARED = re.compile(r"(?:^|\.)shared_experts?\.")
+_SHARED = re.compile(r"(?:^|\.)shared_(?:experts?(?:_gate)?|mlp)\.")
 
 
 def import_official(
@@ -164,8 +164,13 @@ def _check_names(
     ]
     if missing:
         raise DeltaError(f"{folder}: the base has no tensors of {missing[0]}, which {config} names")
+    whole = (
+        "; its non_expert_modules are all tensors that are no expert's, those of the routers too"
+        if selection.non_expert_modules
+        else ""
+    )
     for names, what in (
-        (named - set(found), f"not there, though {config} names what they belong to"),
+        (named - set(found), f"not there, though {config} names what they belong to{whole}"),
         (set(found) - named, f"there, though {config} does not name what they belong to"),
     ):
         if names:

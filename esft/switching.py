@@ -286,8 +286,9 @@ def _expert_weights(
         found[layer.index] = ids, stacks
     if left:
         raise DeltaError(
-            f"{delta.folder}: tensor {min(left)} is not a routed expert's; such a delta cannot be "
-            f"switched; merge it instead"
+            f"{delta.folder}: tensor {min(left)} is not a routed expert's: a delta is switched by "
+            f"choosing its experts, row by row, and there is no choice of such a tensor; merge the "
+            f"delta instead"
         )
     return found
 

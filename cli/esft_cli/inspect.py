@@ -40,8 +40,10 @@ def inspect(
             "  in routed experts",
             f"{output.count(found.routed)} ({output.share(found.routed / found.total)})",
         ),
-        ("  in shared experts", output.count(found.shared)),
         ("  in one routed expert", output.count(found.per_expert)),
+        ("  in shared experts", output.count(found.shared)),
+        ("  in routers", output.count(found.parts["router"])),
+        ("  in everything else", output.count(found.parts["non_expert_modules"])),
     ):
         layers.add_row(name, str(value))
     output.console().print(layers)
