@@ -118,10 +118,10 @@ class _Run:
             check_isolation(model)
         check_vocabulary(self.tokenizer, model, self.folder)
         scores = None
-        if self.recipe.trains_experts and self.selection is None:
+        if self.recipe.selects_experts and self.selection is None:
             scores = self._profile(model)
             self.selection = select(scores, **self._rule().rule())
-        method = make_method(self.recipe, self.selection)
+        method = make_method(self.recipe, self.selection, self.reporter)
         prepared = method.prepare(model)
         method.check(prepared, self.base)
         trained = sum(p.numel() for p in trainable_parameters(prepared).values())
@@ -195,9 +195,11 @@ class _Run:
 
     def _given_selection(self) -> Selection | None:
         """Read the selection where there is one: the recipe's file, or that of the resumed run."""
-        if not self.recipe.trains_experts:
-            return None
         layers = {layer.index: layer.num_experts for layer in self.anatomy.layers}
+        if self.recipe.train is not None and self.recipe.train.experts == "all":
+            return Selection({layer: list(range(experts)) for layer, experts in layers.items()})
+        if not self.recipe.selects_experts:
+            return None
         given = self.recipe.selection
         if isinstance(given, str):
             selection = Selection.read(given)
@@ -247,6 +249,7 @@ class _Run:
         }
         if self.selection is not None:
             about["selection"] = self.selection.to_dict()
+        if self.recipe.selects_experts:
             about["scores"] = self._scores_origin()
         return about
 

@@ -8,6 +8,7 @@ from esft.methods.base import Method
 from esft.methods.expert import ExpertMethod
 from esft.methods.full import FullMethod
 from esft.methods.lora import LoraMethod
+from esft.progress import SILENT, Reporter
 from esft.recipe_sections import LoraSpec, Recipe
 
 if TYPE_CHECKING:
@@ -16,11 +17,24 @@ if TYPE_CHECKING:
 __all__ = ["ExpertMethod", "FullMethod", "LoraMethod", "Method", "make_method"]
 
 
-def make_method(recipe: Recipe, selection: Selection | None) -> Method:
-    """Return the method that a recipe asks for; `selection` is needed where experts train."""
+def make_method(
+    recipe: Recipe, selection: Selection | None, reporter: Reporter = SILENT
+) -> Method:
+    """Return the method that a recipe asks for.
+
+    Args:
+        recipe: of the run.
+        selection: the experts that train; None where the recipe trains none.
+        reporter: for the method's warnings.
+    """
     if recipe.method == "lora":
         return LoraMethod(recipe.lora or LoraSpec())
     if recipe.method == "full":
         return FullMethod()
-    assert selection is not None
-    return ExpertMethod(selection, name=recipe.method, param_dtype=recipe.param_dtype)
+    return ExpertMethod(
+        selection,
+        recipe.train,
+        name=recipe.method,
+        param_dtype=recipe.param_dtype,
+        reporter=reporter,
+    )
