@@ -54,6 +54,11 @@ class Family:
         """Whether a tensor on disk holds all experts of a layer."""
         return self.disk == "fused"
 
+    @property
+    def biased(self) -> bool:
+        """Whether its routers choose with a bias that DeepSeek-V3's update can move."""
+        return "biased" in self.scoring
+
 
 # How routers make weights of logits; the last step is the weights' normalisation.
 SOFTMAX = "softmax, top-k"

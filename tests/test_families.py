@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from esft.changes import expert_changes
-from esft.data.encode import Example
+from esft.data.example import Example
 from esft.data.isolation import check_isolation
 from esft.delta import write_delta
 from esft.errors import ModelError
@@ -42,6 +42,7 @@ from tests.expert_calls import Calls, watched
 from tests.families import SIZES
 from tests.family_table import FAMILIES, Family
 from tests.models import EXPERTS
+from tests.router_passes import check_bias, check_passes
 from tests.training_loop import batches, train_steps
 from tools.families_page import PAGE, render
 
@@ -200,6 +201,10 @@ def test_the_whole_chain(name: str, tmp_path: Path) -> None:
     expected = logits(trained)
     assert expected.isfinite().all()
     assert torch.equal(logits(merged), expected)
+
+    model.requires_grad_(True)
+    passes = check_passes(model, family.scoring)
+    check_bias(model, passes, family.biased, name)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -26,11 +26,13 @@ installed transformers has a family that is not in this table.
 - **router**: how it makes weights of logits; [families-gates.md](families-gates.md) says what the
   gate value is.
   "Normalised" is, in many families, up to the configuration (`norm_topk_prob`).
+- **losses**: whether those of routers work ([losses.md](losses.md)); `+ bias` where routers choose
+  with a bias that `bias_update` can move.
 - **packed rows**: `no` where transformers does not keep packed rows apart; set
   `data.packing: false`, which `esft train` asks for by itself.
 
-| model_type | on disk | router | shared experts | profile, select, train, merge | packed rows |
-|---|---|---|---|---|---|
+| model_type | on disk | router | shared experts | profile to merge | losses | packed rows |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -50,9 +52,10 @@ def _line(name: str, family: Family) -> str:
         status = "; ".join(filter(None, ["yes", needs, family.note]))
         packs = "yes" if family.packs else "no"
         shared = "yes" if family.shared else "no"
+        losses = "yes + bias" if family.biased else "yes"
     else:
-        status, packs, shared = f"**refused**: {family.refused}", "–", "–"
-    cells = (f"`{name}`", family.disk, family.scoring, shared, status, packs)
+        status, packs, shared, losses = f"**refused**: {family.refused}", "–", "–", "–"
+    cells = (f"`{name}`", family.disk, family.scoring, shared, status, losses, packs)
     return f"| {' | '.join(cells)} |"
 
 

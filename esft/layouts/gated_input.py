@@ -16,6 +16,7 @@ from esft.banks import AttachedExperts
 from esft.layouts.layout import (
     Layout,
     Seen,
+    beside,
     check_stacks,
     is_a,
     parent,
@@ -52,9 +53,12 @@ class GatedInputLayout(Layout):
     def observe(self, seen: Seen) -> RemovableHandle:
         """See `Layout.observe`."""
         router: Any = self.router
-        return router.register_forward_hook(
-            lambda module, _args, output: seen(*_chosen(module.top_k, *output))
-        )
+
+        @beside
+        def chosen(module: Any, _args: Any, output: Any) -> None:
+            seen(*_chosen(module.top_k, *output))
+
+        return router.register_forward_hook(chosen)
 
     def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
         """See `Layout.attach`."""

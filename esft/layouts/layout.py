@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,10 @@ class Layout(ABC):
 
     @abstractmethod
     def observe(self, seen: Seen) -> RemovableHandle:
-        """Call `seen` at every forward pass with what the router chose."""
+        """Call `seen` at every forward pass with what the router chose.
+
+        The weights have the gradient that the router gave them.
+        """
 
     @abstractmethod
     def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
@@ -129,6 +133,21 @@ class Layout(ABC):
 def before_experts(experts: nn.Module, seen: Seen) -> RemovableHandle:
     """Observe experts that are called with `(hidden, top_k_index, top_k_weights)`."""
     return experts.register_forward_pre_hook(lambda _module, args: seen(*args[1:3]))
+
+
+def beside(look: Callable[..., None]) -> Callable[..., None]:
+    """Keep what an observer computes with gradients apart from what the model computes.
+
+    Gradient checkpointing counts the tensors that a layer saves, and runs the layer again for
+    them: then without the observer, whose tensors would be missing.
+    """
+
+    @functools.wraps(look)
+    def apart(*args: Any) -> None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            look(*args)
+
+    return apart
 
 
 def is_a(module: nn.Module, *names: str) -> bool:

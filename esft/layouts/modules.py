@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esft.banks import TrainedExperts
 from esft.errors import ModelError
-from esft.layouts.layout import Layout, Seen, is_a, parent
+from esft.layouts.layout import Layout, Seen, beside, is_a, parent
 
 
 class ModulesLayout(Layout):
@@ -75,6 +75,7 @@ class ModulesLayout(Layout):
         if self.router is None:
             raise ModelError(f"{self.name}: no router beside these experts; cannot be profiled")
 
+        @beside
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             index, weight = self._choices(output)
             # Of such routers some multiply by their constant factor and some do not: the sum of a
@@ -163,6 +164,7 @@ class SwitchLayout(ModulesLayout):
         """See `Layout.observe`."""
         router: Any = self.router
 
+        @beside
         def chosen(module: Any, _args: Any, output: Any) -> None:
             _, gate_BS1, logits_BSE = output
             if logits_BSE.shape[-1] != self.num_experts:

@@ -14,6 +14,7 @@ from esft.layouts.layout import (
     Layout,
     Seen,
     before_experts,
+    beside,
     check_stacks,
     is_a,
     parent,
@@ -162,6 +163,7 @@ class JetMoeLayout(StacksLayout):
         """See `Layout.observe`."""
         router: Any = self.router
 
+        @beside
         def ungrouped(_module: nn.Module, _args: Any, output: Any) -> None:
             # The router returns the N = T * K choices grouped by expert: where each was in
             # `[T, K]`, its gate, and how many each expert has.

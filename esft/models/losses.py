@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from esft import balance
 
 
 def load_balance_loss(
@@ -28,11 +29,8 @@ def load_balance_loss(
     """
     losses = []
     for logits_TE in logits:
-        weight_T = _weights(logits_TE, counted_T)
-        probability_TE = logits_TE.softmax(dim=-1, dtype=weight_T.dtype)
-        chosen_TE = F.one_hot(probability_TE.topk(top_k).indices, logits_TE.shape[-1]).sum(-2)
-        used_E = weight_T @ chosen_TE.to(weight_T.dtype)
-        losses.append(logits_TE.shape[-1] * (used_E * (weight_T @ probability_TE)).sum())
+        p_TE = logits_TE.softmax(dim=-1, dtype=_wide(logits_TE))
+        losses.append(balance.load_balance(p_TE, p_TE.topk(top_k).indices, _flat(counted_T)))
     return torch.stack(losses).mean()
 
 
@@ -45,11 +43,7 @@ def router_z_loss(logits: Sequence[Tensor], counted_T: Tensor | None = None) -> 
         logits: of each layer's router, `[T, E]`.
         counted_T: 1 for tokens that count, else 0; None counts all.
     """
-    losses = []
-    for logits_TE in logits:
-        weight_T = _weights(logits_TE, counted_T)
-        losses.append(weight_T @ logits_TE.to(weight_T.dtype).logsumexp(dim=-1).square())
-    return torch.stack(losses).mean()
+    return torch.stack([balance.router_z(x_TE, _flat(counted_T)) for x_TE in logits]).mean()
 
 
 def usage_entropy(logits: Sequence[Tensor], counted_BS: Tensor | None = None) -> Tensor:
@@ -80,9 +74,5 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _weights(logits_TE: Tensor, counted_T: Tensor | None) -> Tensor:
-    """Return what each token counts in a mean: `[T]`, summing to 1."""
-    if counted_T is None:
-        counted_T = logits_TE.new_ones(logits_TE.shape[0])
-    weight_T = counted_T.to(device=logits_TE.device, dtype=_wide(logits_TE)).reshape(-1)
-    return weight_T / weight_T.sum()
+def _flat(counted: Tensor | None) -> Tensor | None:
+    return None if counted is None else counted.flatten()
