@@ -198,6 +198,7 @@ def _check_together(recipe: Recipe, places: Places) -> None:
                 f"{places.of(('checkpoints', 'keep_best'))}: needs training.save_strategy and "
                 f"training.eval_strategy: only checkpoints of steps that are scored can be best"
             )
+    _check_data(recipe, places)
     if recipe.data.eval is None:
         asked = {"eval_strategy": "no", "eval_on_start": False}
         for key, silent in asked.items():
@@ -205,6 +206,20 @@ def _check_together(recipe: Recipe, places: Places) -> None:
                 raise RecipeError(
                     f"{places.of(('training', key))}: is set, but data.eval names no test set"
                 )
+
+
+def _check_data(recipe: Recipe, places: Places) -> None:
+    if recipe.data.last_turn_only and recipe.data.loss_on == "all":
+        raise RecipeError(
+            f"{places.of(('data', 'last_turn_only'))}: says to learn the last turn, and "
+            f"data.loss_on to learn all tokens; leave one of them out"
+        )
+    by_length = recipe.training.get("train_sampling_strategy") == "group_by_length"
+    if by_length and recipe.data.packing:
+        raise RecipeError(
+            f"{places.of(('training', 'train_sampling_strategy'))}: packed blocks are all of one "
+            f"length, there is nothing to group; set data.packing: false"
+        )
 
 
 def _check_losses(losses: LossSpec, places: Places) -> None:

@@ -83,8 +83,10 @@ class DataSpec(_Strict):
     stopping_strategy: StoppingStrategy = "first_exhausted"
     seed: int = 0
     skip_bad: int = Field(default=0, ge=0)
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: Literal["completion", "assistant", "all"] = "completion"
+    last_turn_only: bool = False
     max_length: int = Field(default=1024, gt=1)
+    truncation: Literal["drop", "error", "keep_end", "split"] = "drop"
     packing: bool = True
 
     def sources(self, which: Literal["train", "eval"]) -> list[SourceSpec]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from esft.data.bad_rows import BadRows
 from esft.data.encode import encode_rows
 from esft.data.example import Example
+from esft.data.fitting import Fitted, fit
 from esft.data.packing import TrainSet, pack, separate
 from esft.data.row import Row
 from esft.data.sources import Source, identity, read_sources
@@ -23,6 +24,7 @@ class TaskData:
     Attributes:
         rows: of the training set, as read; profiling draws from them.
         train_set: the training set in blocks or rows of tokens.
+        fitted: the training set's rows before that, and what was done to those that were too long.
         eval_examples: the test rows; empty if the recipe names none.
         pad_id: fills the places after a row's end.
         bad_rows: what was skipped of either.
@@ -30,6 +32,7 @@ class TaskData:
 
     rows: list[Row]
     train_set: TrainSet
+    fitted: Fitted
     eval_examples: list[Example]
     pad_id: int
     bad_rows: BadRows
@@ -61,13 +64,18 @@ def prepare(data: DataSpec, tokenizer: Any, *, reporter: Reporter = SILENT) -> T
         rows = [row for row in rows if row.where not in skipped]
     # Padding is marked by position, never by id, so any id will do.
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    fitted = fit(
+        examples,
+        data.max_length,
+        truncation=data.truncation,
+        first_id=tokenizer.bos_token_id,
+        reporter=reporter,
+    )
     if data.packing:
-        train_set = pack(
-            examples, data.max_length, pad_id=pad_id, loss_on=data.loss_on, reporter=reporter
-        )
+        train_set = pack(fitted.examples, data.max_length, pad_id=pad_id, loss_on=data.loss_on)
     else:
-        train_set = separate(examples, data.max_length, loss_on=data.loss_on, reporter=reporter)
-    return TaskData(rows, train_set, eval_examples, pad_id, bad_rows)
+        train_set = separate(fitted.examples, data.max_length, loss_on=data.loss_on)
+    return TaskData(rows, train_set, fitted, eval_examples, pad_id, bad_rows)
 
 
 def data_identity(data: DataSpec) -> dict[str, Any]:
@@ -112,7 +120,14 @@ def _read(
 def _encoded(
     rows: list[Row], tokenizer: Any, data: DataSpec, bad_rows: BadRows, reporter: Reporter
 ) -> list[Example]:
-    examples = encode_rows(rows, tokenizer, bad=bad_rows, reporter=reporter)
+    examples = encode_rows(
+        rows,
+        tokenizer,
+        loss_on=data.loss_on,
+        last_turn_only=data.last_turn_only,
+        bad=bad_rows,
+        reporter=reporter,
+    )
     if rows and not examples:
         last = bad_rows.skipped[-1]
         raise DataError(f"{last['where']}: {last['reason']}; no row is left")

@@ -150,6 +150,17 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(
         ("max_length: 64", "max_length: 1", "recipe.yaml:7: data.max_length: "),
         ("max_length: 64", "packing: 2", "recipe.yaml:7: data.packing: "),
         ("max_length: 64", "loss_on: prompt", "recipe.yaml:7: data.loss_on: "),
+        ("max_length: 64", "truncation: keep_start", "recipe.yaml:7: data.truncation: "),
+        (
+            "max_length: 64",
+            "last_turn_only: true\n  loss_on: all",
+            "recipe.yaml:7: data.last_turn_only: says to learn the last turn",
+        ),
+        (
+            "max_steps: 20",
+            "train_sampling_strategy: group_by_length",
+            "recipe.yaml:9: training.train_sampling_strategy: packed blocks are all of one length",
+        ),
         ("method: esft", "method: esf", "recipe.yaml:2: method: input should be 'esft'"),
         ("model: tiny-moe", "model: 7", "recipe.yaml:1: model: "),
         ("max_steps: 20", "max_steps: many", "recipe.yaml:9: training.max_steps: "),

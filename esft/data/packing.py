@@ -51,6 +51,11 @@ class TrainSet(Dataset[Item]):
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each item has."""
+        return [len(item["input_ids"]) for item in self._items]
+
     def __getitem__(self, index: int) -> Item:
         return self._items[index]
 

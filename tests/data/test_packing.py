@@ -78,6 +78,29 @@ def test_labels_follow_loss_on() -> None:
         assert make("all")[0]["labels"] == [IGNORED, 6, 7, 8]
 
 
+def test_weights_travel_with_their_tokens() -> None:
+    weights = [1.0, 2.0, 0.0, 0.5]
+    weighed = Example([5, 6, 7, 8], [False, True, False, True], "f:1", weights)
+    plain = Example([9, 3], [True, True], "f:2")
+    block = pack([weighed, plain], 8, pad_id=0)
+    assert block.weighted
+    assert block[0]["loss_weights"] == [*weights, 1.0, 1.0, 0.0, 0.0]
+    assert block[0]["labels"] == [IGNORED, 6, IGNORED, 8, IGNORED, 3, IGNORED, IGNORED]
+    batch = collate(items(separate([weighed, plain], 8)))
+    assert batch["loss_weights"].tolist() == [weights, [1.0, 1.0, 0.0, 0.0]]
+    # Of weight 0, no token is learnt, whatever the loss is on.
+    assert separate([weighed], 8, loss_on="all")[0]["labels"] == [IGNORED, 6, IGNORED, 8]
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 0.0, 1.0, 1.0]])
+def test_weights_of_0_and_1_need_no_place(weights: list[float] | None) -> None:
+    # The first token has no label, whatever it weighs.
+    example = Example([5, 6, 7, 8], [True, False, True, True], "f:1", weights)
+    data = separate([example], 8)
+    assert not data.weighted
+    assert "loss_weights" not in collate(items(data))
+
+
 def test_rows_that_do_not_fit_are_left_out_whole() -> None:
     examples = documents(3, 9, 4)
     for data in (pack(examples, 8, pad_id=0), separate(examples, 8)):
