@@ -1,42 +1,41 @@
 """Resumable training state: what a killed run needs to go on as if it had not been killed.
 
-A folder `step-000100` with `state.safetensors` (trained parameters, optimizer, torch's random
-state), `trainer_state.json` (data position, log history) and `state.json` (scheduler, other random
-states, what the run was made of, the hashes of all this), no pickle. It is written under a
-temporary name and renamed, so a folder of that name is complete. The stock resume of transformers
-is not used: it silently restores the initial weights of fused experts.
+A folder `step-000100` whose files docs/checkpoint-format.md describes, no pickle among them. It is
+written under a temporary name, synced and renamed, its manifest with every hash last, so a folder
+of that name is complete. The stock resume of transformers is not used: it silently restores the
+initial weights of fused experts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from esft.errors import CheckError, EsftError
+from esft.errors import CheckError
 from esft.files import (
     explain_write_errors,
     new_folder,
     read_json,
+    remove_folder,
+    remove_unfinished,
     sha256_file,
     write_json,
     write_text,
 )
-from esft.moe import trainable_parameters
+from esft.state_tree import digest, pack, unpack
 
-FORMAT = "esft-checkpoint/1"
+FORMAT = "esft-checkpoint/2"
+MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS = "state.safetensors"
 TRAINER = "trainer_state.json"  # the name under which transformers' Trainer looks for its own
@@ -45,7 +44,7 @@ _NAME = re.compile(r"step-\d+")
 
 @dataclass(frozen=True)
 class SavedState:
-    """A complete checkpoint on disk, a folder `step-<optimizer steps done>`."""
+    """A checkpoint on disk, a folder `step-<optimizer steps done>`."""
 
     folder: Path
 
@@ -54,184 +53,237 @@ class SavedState:
         """Optimizer steps done."""
         return int(self.folder.name.removeprefix("step-"))
 
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Its manifest.
+
+        Raises:
+            CheckError: there is none, it is damaged, or of another format.
+        """
+        path = self.folder / MANIFEST
+        old = self.folder / STATE
+        if not path.exists() and old.is_file():
+            read = read_json(old, "checkpoint", CheckError)
+            if isinstance(read, dict) and read.get("format") == "esft-checkpoint/1":
+                raise CheckError(
+                    f"{self.folder}: of format esft-checkpoint/1, which cannot be resumed to the "
+                    f"same bits; finish the run with the esft that began it, or start it again"
+                )
+        manifest = read_json(path, "checkpoint", CheckError)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else None
+            raise CheckError(f"{path}: of format {found}; this esft reads {FORMAT}")
+        own = manifest.pop("sha256", None)
+        if own != _hash(manifest):
+            raise CheckError(f"{path}: damaged: not the sha256 in it")
+        return manifest
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was evaluated at this step: `eval_loss`, ...; empty if nothing was."""
+        return self.manifest["metrics"]
+
+    @property
+    def looks_complete(self) -> bool:
+        """Whether there is a sound manifest and every file has its length; reads no hashes."""
+        try:
+            return all(
+                (self.folder / name).stat().st_size == entry["bytes"]
+                for name, entry in self.manifest["files"].items()
+            )
+        except (CheckError, OSError):
+            return False
+
+    def check(self) -> None:
+        """Read every file and compare its hash.
+
+        Raises:
+            CheckError: a file is missing or damaged; names it.
+        """
+        for name, entry in self.manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckError(f"{path}: missing; this checkpoint is damaged")
+            if sha256_file(path) != entry["sha256"]:
+                raise CheckError(f"{path}: damaged: not the sha256 in {MANIFEST}")
+
+    def read(self, part: str) -> Any:
+        """Return a part of the state as it was given to `save`, its tensors on the CPU."""
+        with safe_open(self.folder / TENSORS, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(f"{part}/")]  # noqa: SIM118
+            # Else they are views of the file, which an optimizer would keep for the whole run.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+        return unpack(read_json(self.folder / STATE, "checkpoint", CheckError)[part], tensors)
+
+    def verify(self, part: str, restored: Any) -> None:
+        """Check that what was restored is what was saved, to the bit.
+
+        Args:
+            part: of the state.
+            restored: what the run has in its place now.
+
+        Raises:
+            CheckError: it is something else; names the first difference. Some library changed
+                the state when it was loaded.
+        """
+        packed, tensors = pack(restored, part)
+        hashes = {k: v for k, v in self.manifest["tensors"].items() if k.startswith(f"{part}/")}
+        saved = read_json(self.folder / STATE, "checkpoint", CheckError)[part]
+        changed = [
+            name
+            for name in sorted(hashes.keys() | tensors.keys())
+            if name not in tensors or hashes.get(name) != digest(tensors[name])
+        ]
+        if json.loads(json.dumps(packed)) != saved:
+            changed.append(part)
+        if changed:
+            raise CheckError(
+                f"{self.folder}: cannot be restored: {changed[0]} is not what it was when saved, "
+                f"after loading; is a library another version than then?"
+            )
+
 
 def save(
     folder: Path,
     *,
     step: int,
-    model: nn.Module,
-    optimizer: Any,
-    scheduler: Any,
+    state: Mapping[str, Any],
     trainer: Mapping[str, Any],
     guard: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
 ) -> SavedState:
     """Write a checkpoint `folder/step-<step>`.
 
     Args:
         folder: holds a run's checkpoints.
         step: optimizer steps done.
-        model: its trainable parameters are saved, nothing else.
-        optimizer: a torch optimizer over these parameters.
-        scheduler: a torch learning-rate scheduler.
+        state: by part (parameter, optimizer, random, ...), what `SavedState.read` returns; see
+            `esft.state_tree.pack` for what it may hold.
         trainer: the loop's own state, JSON-ready (data position, log history).
-        guard: what must be the same when the run is resumed, see `check`.
+        guard: what must be the same when the run is resumed, see `esft.guard`.
+        environment: where the run was, see `esft.guard.environment`.
+        metrics: what was evaluated at this step.
 
     Raises:
         OutputError: the disk is full or read-only; earlier checkpoints are as they were.
     """
-    tensors = {f"parameter/{name}": p.detach() for name, p in trainable_parameters(model).items()}
-    packed = optimizer.state_dict()
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, state in packed["state"].items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                scalars.setdefault(str(index), {})[key] = value
-    tensors["random/torch"] = torch.random.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.random.get_rng_state()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    tree: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for part, value in state.items():
+        tree[part], found = pack(value, part)
+        tensors |= found
     path = folder / f"step-{step:06d}"
     with new_folder(path, replace=True) as temporary:
         with explain_write_errors(path, needed=sum(t.nbytes for t in tensors.values())):
             save_file(tensors, temporary / TENSORS)
+        # Unlike other files of esft's this one may hold infinities: some schedulers begin with one.
+        write_text(temporary / STATE, json.dumps(tree, indent=1) + "\n")
         write_json(temporary / TRAINER, dict(trainer))
-        state = {
+        files = {
+            name: {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": sha256_file(temporary / name),
+            }
+            for name in (TENSORS, STATE, TRAINER)
+        }
+        manifest = {
             "format": FORMAT,
             "step": step,
+            "metrics": dict(metrics or {}),
+            "environment": dict(environment),
             "guard": dict(guard),
-            "scheduler": scheduler.state_dict(),
-            "optimizer": {"groups": packed["param_groups"], "scalars": scalars},
-            "random": {"python": _python_random(), "numpy": _numpy_random()},
+            "files": files,
+            "tensors": {name: digest(tensor) for name, tensor in sorted(tensors.items())},
         }
-        hashes = {name: sha256_file(temporary / name) for name in (TENSORS, TRAINER)}
-        hashes[STATE] = _hash(state)
-        write_text(temporary / STATE, _json(state | {"sha256": hashes}))
+        write_json(temporary / MANIFEST, manifest | {"sha256": _hash(manifest)})
     return SavedState(path)
 
 
-def check(saved: SavedState, guard: Mapping[str, Any]) -> None:
-    """Check a checkpoint before it is restored: it is whole, and the run has not changed.
-
-    Raises:
-        CheckError: it is damaged; names the file.
-        EsftError: the recipe, the data, the selection or the base is another one than then; names
-            each difference.
-    """
-    state = _state(saved)
-    hashes = state.pop("sha256")
-    for name in (TENSORS, TRAINER, STATE):
-        path = saved.folder / name
-        found = _hash(state) if name == STATE else sha256_file(path) if path.is_file() else None
-        if found != hashes.get(name):
-            raise CheckError(f"{path}: damaged: not the sha256 in {STATE}; delete this checkpoint")
-    then, now = _flat(state["guard"]), _flat(dict(guard))
-    lines = [
-        f"  {key}: {then.get(key, 'unset')} then, {now.get(key, 'unset')} now"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
-    if lines:
-        raise EsftError(f"{saved.folder}: cannot resume, the run has changed:\n" + "\n".join(lines))
-
-
-def restore_parameters(saved: SavedState, model: nn.Module) -> None:
-    """Load the trained parameters into a model that was prepared in the same way, in place."""
-    tensors = _tensors(saved, "parameter")
-    with torch.no_grad():
-        for name, parameter in trainable_parameters(model).items():
-            parameter.copy_(tensors[name])
-
-
-def restore_optimizer(saved: SavedState, optimizer: Any, scheduler: Any) -> None:
-    """Load the optimizer's and the scheduler's state, in place."""
-    state = _state(saved)
-    packed: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in state["optimizer"]["scalars"].items()
-    }
-    for name, tensor in _tensors(saved, "optimizer").items():
-        index, _, key = name.partition("/")
-        packed.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": packed, "param_groups": state["optimizer"]["groups"]})
-    scheduler.load_state_dict(state["scheduler"])
-
-
-def restore_random(saved: SavedState) -> None:
-    """Put the random states of Python, NumPy and torch back to where they were."""
-    state, tensors = _state(saved), _tensors(saved, "random")
-    version, numbers, gauss = state["random"]["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["random"]["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.random.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available() and "cuda" in tensors:
-        torch.cuda.random.set_rng_state(tensors["cuda"])
+def complete(folder: Path) -> list[SavedState]:
+    """Return the checkpoints that look complete, fewest steps first."""
+    return [saved for saved in _all(folder) if saved.looks_complete]
 
 
 def last(folder: Path) -> SavedState | None:
-    """Return the checkpoint with the most steps, or None."""
-    return max(_all(folder), key=lambda saved: saved.step, default=None)
+    """Return the checkpoint with the most steps that looks complete, or None."""
+    return next(reversed(complete(folder)), None)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` last checkpoints, and what a kill left unfinished."""
-    for saved in sorted(_all(folder), key=lambda saved: saved.step)[:-keep]:
-        shutil.rmtree(saved.folder, ignore_errors=True)
-    for unfinished in folder.glob(".step-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+def best(folder: Path, metric: str = "eval_loss", *, greater: bool = False) -> SavedState | None:
+    """Return the complete checkpoint with the best score, the earliest of equals, or None.
+
+    Args:
+        folder: holds a run's checkpoints.
+        metric: a key of what is evaluated; `eval_` may be left out. Checkpoints of steps that
+            were not evaluated have none and are not looked at.
+        greater: whether more is better.
+    """
+    return next(iter(_ranked(complete(folder), metric, greater)), None)
+
+
+def whole(folder: Path) -> tuple[SavedState, list[str]]:
+    """Return the last checkpoint whose every hash is right, and what is wrong with later ones.
+
+    Raises:
+        CheckError: there are checkpoints, but all are damaged; says how.
+        LookupError: there is none.
+    """
+    wrong: list[str] = []
+    for saved in reversed(_all(folder)):
+        try:
+            saved.check()
+        except CheckError as error:
+            wrong.append(str(error))
+        else:
+            return saved, wrong
+    if wrong:
+        raise CheckError("\n".join(wrong))
+    raise LookupError(folder)
+
+
+def prune(
+    folder: Path,
+    newest: SavedState,
+    *,
+    keep_last: int,
+    keep_best: int = 0,
+    metric: str = "eval_loss",
+    greater: bool = False,
+) -> None:
+    """Delete the checkpoints that need not be kept, and what a kill left unfinished.
+
+    Args:
+        folder: holds a run's checkpoints.
+        newest: the one just written. Those with more steps are what a resumed run has left
+            behind: damaged ones.
+        keep_last: how many of the last to keep, 1 or more, `newest` among them.
+        keep_best: how many of the best to keep beside them.
+        metric: see `best`.
+        greater: see `best`.
+    """
+    done = [saved for saved in complete(folder) if saved.step <= newest.step]
+    kept = {saved.step for saved in done[-keep_last:]} | {newest.step}
+    kept |= {saved.step for saved in _ranked(done, metric, greater)[:keep_best]}
+    for saved in _all(folder):
+        if saved.step not in kept:
+            remove_folder(saved.folder)
+    remove_unfinished(folder)
+
+
+def _ranked(found: list[SavedState], metric: str, greater: bool) -> list[SavedState]:
+    key = metric if metric.startswith("eval_") else f"eval_{metric}"
+    scored = [saved for saved in found if key in saved.metrics]
+    sign = -1 if greater else 1
+    return sorted(scored, key=lambda saved: (sign * saved.metrics[key], saved.step))
 
 
 def _all(folder: Path) -> list[SavedState]:
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
-    return [SavedState(path) for path in found]
+    return sorted(map(SavedState, found), key=lambda saved: saved.step)
 
 
-def _state(saved: SavedState) -> dict[str, Any]:
-    try:
-        state = read_json(saved.folder / STATE, "checkpoint")
-    except EsftError as error:
-        raise CheckError(str(error)) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckError(f"{saved.folder / STATE}: not of format {FORMAT}")
-    if not isinstance(state.get("sha256"), dict):
-        raise CheckError(f"{saved.folder / STATE}: damaged: it has no hashes")
-    return state
-
-
-def _tensors(saved: SavedState, kind: str) -> dict[str, Tensor]:
-    """Read the tensors `kind/NAME`, by NAME, into memory of their own."""
-    with safe_open(saved.folder / TENSORS, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(f"{kind}/")]  # noqa: SIM118
-        # Else they are views of the file, which the optimizer would keep for the whole run.
-        return {name.removeprefix(f"{kind}/"): file.get_tensor(name).clone() for name in names}
-
-
-def _json(state: Mapping[str, Any]) -> str:
-    # Unlike other files of esft's, this one may hold infinities: some schedulers start from one.
-    return json.dumps(state, indent=1) + "\n"
-
-
-def _hash(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_json(state).encode()).hexdigest()
-
-
-def _python_random() -> list[Any]:
-    version, numbers, gauss = random.getstate()
-    return [version, list(numbers), gauss]
-
-
-def _numpy_random() -> list[Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    return [name, [int(key) for key in keys], int(position), int(has_gauss), float(gauss)]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def _hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from esft.errors import EsftError, OutputError
 
 _CHUNK = 1 << 22  # bytes read at a time
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}", re.DOTALL)  # as `_beside` names them
 
 
 def sha256_file(path: Path) -> str:
@@ -139,18 +140,42 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for item in [*sorted(temporary.rglob("*")), temporary]:
-                if item.is_file():
-                    sync_file(item)
-                elif item.is_dir():
-                    sync_folder(item)
-            _swap(temporary, target, replace=replace)
+            items = [*sorted(temporary.rglob("*")), temporary]
+            # Some file systems find out only now that they are full.
+            size = sum(item.stat().st_size for item in items if item.is_file())
+            with explain_write_errors(path, needed=size):
+                for item in items:
+                    if item.is_file():
+                        sync_file(item)
+                    elif item.is_dir():
+                        sync_folder(item)
+                _swap(temporary, target, replace=replace)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OutputError):  # the user knows the folder by its own name
                 raise OutputError(str(error).replace(str(temporary), str(path))) from error
             raise
         sync_folder(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; a reader never sees a part of it. What cannot be deleted stays, hidden."""
+    with contextlib.suppress(OSError):
+        hidden = _beside(path)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what writers into a folder left under temporary names when they were killed."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if not _TEMPORARY.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -166,11 +191,17 @@ def refuse_unwritable(path: Path) -> None:
             raise OutputError(f"{path}: cannot write into {folder}; choose another --out")
 
 
-def refuse_existing(path: Path, *, replace: bool = False) -> None:
-    """Raise OutputError if `path` is a file, or a folder with content that may not be replaced."""
+def refuse_existing(path: Path, *, replace: bool = False, but_for: Collection[str] = ()) -> None:
+    """Raise OutputError if `path` is a file, or a folder with content that may not be replaced.
+
+    Args:
+        path: where something is to appear.
+        replace: whether a folder's content may be replaced.
+        but_for: names in the folder that do not count.
+    """
     with explain_write_errors(path):
         if path.is_dir():
-            if not replace and any(path.iterdir()):
+            if not replace and any(item.name not in but_for for item in path.iterdir()):
                 raise OutputError(
                     f"{path}: the folder exists and is not empty; choose another --out"
                 )

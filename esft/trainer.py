@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from esft import checkpoint
+from esft.checkpoint import SavedState
+from esft.checkpointing import Checkpoints, stopped_early
 from esft.data.numbered import ITEMS, Numbered
 from esft.data.packing import TrainSet
 from esft.divergence import FiniteSteps, diverged
-from esft.errors import EsftError
+from esft.errors import EsftError, RecipeError
 from esft.evaluation import evaluate_model
 from esft.files import write_text
+from esft.interruption import Interruption
 from esft.labelled import labelled_logits
 from esft.memory import peak_memory
 from esft.moe import trainable_parameters
 from esft.progress import SILENT, Reporter
+from esft.recipe_sections import CheckpointSpec
+from esft.router_losses import RouterLosses
 from esft.training_log import Metrics, Progress, log_line
-
-KEPT_CHECKPOINTS = 2  # unless save_total_limit says otherwise
 
 
 class Trained(NamedTuple):
@@ -33,11 +34,11 @@ class Trained(NamedTuple):
 
     Attributes:
         steps: optimizer steps done, those before a resumption included.
-        loss: mean over the steps of this process; None if there was none left to do.
+        loss: mean over all of them.
     """
 
     steps: int
-    loss: float | None
+    loss: float
 
 
 class EsftTrainer(Trainer):
@@ -45,9 +46,13 @@ class EsftTrainer(Trainer):
 
     Args:
         checkpoints: folder for checkpoints.
-        guard: what must not change between a run and its resumption, see `checkpoint.check`.
+        spec: which of them are kept.
+        guard: what must not change between a run and its resumption, see `esft.guard`.
+        environment: what may, and is noted.
+        interruption: ends the run after a step.
         metrics: file that gets one JSON line for everything logged.
         diverged: file that is written if the loss or the gradient is not finite.
+        losses: of routers, added to the task's.
         train_set: what to learn from.
         collate: makes a batch of its items.
         reporter: shown the progress.
@@ -58,18 +63,35 @@ class EsftTrainer(Trainer):
         self,
         *,
         checkpoints: Path,
+        spec: CheckpointSpec,
         guard: dict[str, Any],
+        environment: dict[str, Any],
+        interruption: Interruption,
         metrics: Path,
         diverged: Path,
+        losses: RouterLosses | None = None,
         train_set: TrainSet,
         collate: Callable[..., dict[str, Any]],
         reporter: Reporter = SILENT,
         **options: Any,
     ) -> None:
+        if train_set.weighted and options["args"].label_smoothing_factor:
+            raise RecipeError(
+                "training.label_smoothing_factor: smooths the labels of all tokens alike, but rows "
+                "of data.train have weights; leave one of them out"
+            )
         numbered = Numbered(train_set, collate)
         super().__init__(train_dataset=numbered, data_collator=numbered.collate, **options)
         self.control: TrainerControl
-        self.checkpoints, self.guard = checkpoints, guard
+        self.saving = Checkpoints(
+            self,
+            checkpoints,
+            spec=spec,
+            guard=guard,
+            environment=environment,
+            interruption=interruption,
+        )
+        self.interruption = interruption
         self.metrics = metrics
         self.tokens_seen = 0
         self._finite = FiniteSteps(train_set.where, diverged)
@@ -79,35 +101,50 @@ class EsftTrainer(Trainer):
             self.remove_callback(printer)
         self.add_callback(Metrics(metrics))
         self.add_callback(self._progress)
+        self.losses = losses
+        if losses is not None:
+            self.add_callback(losses)
+            self.saving.buffers = losses.tensors()
+        self.add_callback(self.saving)
 
-    def run(self, saved: checkpoint.SavedState | None = None) -> Trained:
-        """Train, from the start or from a checkpoint on, which `checkpoint.check` has passed.
+    def run(self, saved: SavedState | None = None) -> Trained:
+        """Train, from the start or from a checkpoint on, which `guard.check_same` has passed.
 
         Raises:
             EsftError: training diverged, or no step was taken.
             OutputError: the disk is full.
+            Interrupted: a signal came; a checkpoint of the last step is there.
         """
         self._began = time.monotonic()
         try:
             if saved is None:
-                return self._trained(self.train())
-            state = TrainerState.load_from_json(str(saved.folder / checkpoint.TRAINER))
+                return self._train()
+            state = self.saving.start_from(saved)
             # Steps after the checkpoint are logged again.
             write_text(self.metrics, "".join(log_line(logs) for logs in state.log_history))
             if state.log_history:
                 self._began -= state.log_history[-1]["seconds"]
-            if state.global_step >= state.max_steps:
+            if state.global_step >= state.max_steps or stopped_early(state):
                 # Killed after its last step; transformers would do one more.
-                checkpoint.restore_parameters(saved, self.model)
-                return Trained(state.global_step, None)
-            return self._trained(self.train(resume_from_checkpoint=str(saved.folder)))
+                self.state = state
+                self.saving.restore_weights(saved)
+                loop = saved.read("loop")
+                loss = (loop["loss_sum"] + loop["loss"].item()) / state.global_step
+                return Trained(state.global_step, loss)
+            # The run that goes on has been scored at its start.
+            self.args.eval_on_start = False
+            return self._train(resume_from_checkpoint=str(saved.folder))
         finally:
             self._progress.close()
 
-    def _trained(self, outcome: Any) -> Trained:
-        if not outcome.global_step:
-            raise EsftError("training: no step was taken; are there fewer rows than a batch?")
-        return Trained(outcome.global_step, outcome.training_loss)
+    def _train(self, **options: Any) -> Trained:
+        with self.interruption.at_a_good_moment():
+            steps = self.train(**options).global_step
+            if not steps:
+                raise EsftError("training: no step was taken; are there fewer rows than a batch?")
+            if self.interruption.signal is not None:
+                self.saving.save_once()
+        return Trained(steps, self._total_loss_scalar / steps)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         """Run one forward and backward pass; count its tokens and keep its loss for the check."""
@@ -140,6 +177,10 @@ class EsftTrainer(Trainer):
             "seconds": round(time.monotonic() - self._began, 3),
             "peak_memory": peak_memory(self.args.device),
         }
+        if self.losses is not None and "loss" in logs:
+            so_far |= self.losses.means()
+        if "train_loss" in logs:  # of a resumed run, transformers knows a part only
+            so_far["train_loss"] = self._total_loss_scalar / self.state.global_step
         super().log({**logs, **so_far}, start_time)
 
     def compute_loss(
@@ -176,31 +217,18 @@ class EsftTrainer(Trainer):
         for name, parameter in trainable_parameters(self.model).items():
             if not parameter.isfinite().all():
                 raise diverged(self.state.global_step, f"{name} has NaN or infinite values")
-        checkpoint.save(
-            self.checkpoints,
-            step=self.state.global_step,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.lr_scheduler,
-            trainer=dataclasses.asdict(self.state),
-            guard=self.guard,
-        )
-        checkpoint.prune(self.checkpoints, self.args.save_total_limit or KEPT_CHECKPOINTS)
+        self.saving.save()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.restore_parameters(_at(resume_from_checkpoint), model or self.model)
+        self.saving.restore_weights(SavedState(Path(resume_from_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
-            checkpoint.restore_optimizer(_at(checkpoint_path), self.optimizer, self.lr_scheduler)
+            self.saving.restore_optimizer()
 
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
-            checkpoint.restore_random(_at(checkpoint_path))
+            self.saving.restore_random()
 
     def _load_scaler(self, checkpoint_path: str | None) -> None:
-        """No gradient scaler is used: fp16 is not trained."""
-
-
-def _at(folder: str) -> checkpoint.SavedState:
-    return checkpoint.SavedState(Path(folder))
+        """`restore_optimizer` has done it."""

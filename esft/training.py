@@ -11,25 +11,41 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import set_seed
 
-from esft.checkpoint import SavedState, check, last
+from esft import run_lock
+from esft.checkpoint import SavedState
 from esft.data.isolation import check_isolation
 from esft.data.packing import collate
-from esft.errors import EsftError, OutputError, RecipeError
+from esft.errors import EsftError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
-from esft.guard import guard
+from esft.guard import check_same, environment, guard
 from esft.inference import check_vocabulary
+from esft.interruption import Interrupted, Interruption, interruptible
 from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
 from esft.memory import peak_memory
 from esft.methods import make_method
-from esft.moe import inspect, trainable_parameters
+from esft.moe import inspect, moe_layers, trainable_parameters
+from esft.processes import refuse_several
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
 from esft.recipe import make_recipe, read_recipe
 from esft.recipe_sections import Recipe, SelectionSpec
 from esft.report.card import run_card
+from esft.resuming import explain_interruption, to_resume
+from esft.router_losses import RouterLosses, make_losses, silence_own_losses
+from esft.run_folder import (
+    BAD_ROWS,
+    CARD,
+    CHECKPOINTS,
+    DELTA,
+    DIVERGED,
+    METRICS,
+    RECIPE,
+    SCORES,
+    SELECTION,
+)
 from esft.run_result import RunResult
 from esft.scores import Scores
 from esft.selection import Selection, select
@@ -41,10 +57,6 @@ from esft.training_fields import training_arguments, with_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-RECIPE, SELECTION, SCORES = "recipe.yaml", "selection.json", "scores.json"
-METRICS, CHECKPOINTS, DELTA, CARD = "metrics.jsonl", "checkpoints", "delta", "README.md"
-DIVERGED = "diverged.json"
 
 
 def train(
@@ -76,25 +88,37 @@ def train(
         recipe = read_recipe(recipe)
     elif not isinstance(recipe, Recipe):
         recipe = make_recipe(recipe)
-    saved = None
-    if resume:
-        if (out / DELTA).exists():
-            raise OutputError(f"{out / DELTA}: this run is complete; there is nothing to resume")
-        saved = last(out / CHECKPOINTS)
-        if saved is None:
-            raise EsftError(f"{out / CHECKPOINTS}: no complete checkpoint to resume from")
-    else:
-        refuse_existing(out)
-    return _Run(with_defaults(recipe), out, saved, reporter).train()
+    refuse_several()
+    recipe = with_defaults(recipe)
+    with interruptible() as interruption:
+        try:
+            # Before the folder is made for the lock: to resume there must be one.
+            if resume and not out.is_dir():
+                raise EsftError(f"{out / CHECKPOINTS}: no complete checkpoint to resume from")
+            with run_lock.hold(out):
+                saved = to_resume(out, recipe, reporter) if resume else None
+                if not resume:
+                    refuse_existing(out, but_for={run_lock.LOCK})
+                return _Run(recipe, out, saved, interruption, reporter).train()
+        except Interrupted as interrupted:
+            explain_interruption(interrupted, out)
+            reporter.note(str(interrupted))
+            raise
 
 
 class _Run:
     """One run: loads what the recipe names, then trains."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, saved: SavedState | None, reporter: Reporter
+        self,
+        recipe: Recipe,
+        out: Path,
+        saved: SavedState | None,
+        interruption: Interruption,
+        reporter: Reporter,
     ) -> None:
         self.recipe, self.out, self.saved, self.reporter = recipe, out, saved, reporter
+        self.interruption = interruption
         # What can fail cheaply fails first: arguments, the model's family, data, then weights.
         self.arguments = training_arguments(recipe, out)
         self.folder = resolve(recipe.model)
@@ -108,7 +132,8 @@ class _Run:
         self.base = fingerprint(base)
         self.tokenizer_digest = tokenizer_digest(self.folder)
         if saved is not None:
-            check(saved, self._guard())
+            for note in check_same(saved, self._guard(), self._environment(), recipe):
+                reporter.note(note)
 
     def train(self) -> RunResult:
         """Do it. See the module's `train`."""
@@ -121,11 +146,17 @@ class _Run:
         if self.recipe.selects_experts and self.selection is None:
             scores = self._profile(model)
             self.selection = select(scores, **self._rule().rule())
+        silence_own_losses(model, self.reporter)
+        layers = moe_layers(model)
         method = make_method(self.recipe, self.selection, self.reporter)
         prepared = method.prepare(model)
         method.check(prepared, self.base)
+        losses = make_losses(
+            self.recipe.losses, layers, self.anatomy.model_type, reporter=self.reporter
+        )
         trained = sum(p.numel() for p in trainable_parameters(prepared).values())
-        trainer = self._trainer(prepared)
+        trainer = self._trainer(prepared, losses)
+        self._note_small_data()
         # Up to here the input may be at fault, and nothing was written.
         if self.saved is None:
             write_text(self.out / RECIPE, self.recipe.to_yaml())
@@ -133,16 +164,22 @@ class _Run:
                 scores.write(self.out / SCORES)
             if self.selection is not None:
                 self.selection.write(self.out / SELECTION)
+            if self.data.bad_rows.skipped:
+                self.data.bad_rows.write(self.out / BAD_ROWS)
         start = time.monotonic()
         outcome = trainer.run(self.saved)
         seconds = time.monotonic() - start
-        evaluation = (
-            evaluate_model(prepared, self.data.eval_examples, reporter=self.reporter)
-            if self.data.eval_examples
-            else None
-        )
-        with new_folder(self.out / DELTA) as folder:
-            method.save(prepared, folder, self.base, self._about(outcome.steps, evaluation))
+        try:
+            evaluation = (
+                evaluate_model(prepared, self.data.eval_examples, reporter=self.reporter)
+                if self.data.eval_examples
+                else None
+            )
+            with new_folder(self.out / DELTA) as folder:
+                method.save(prepared, folder, self.base, self._about(outcome.steps, evaluation))
+        except Interrupted:
+            trainer.saving.save_once()
+            raise
         result = RunResult(
             out=self.out,
             delta=self.out / DELTA,
@@ -161,14 +198,17 @@ class _Run:
         write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
         return result
 
-    def _trainer(self, prepared: nn.Module) -> EsftTrainer:
-        existed = self.out.exists()
+    def _trainer(self, prepared: nn.Module, losses: RouterLosses | None) -> EsftTrainer:
         try:
             trainer = EsftTrainer(
                 checkpoints=self.out / CHECKPOINTS,
+                spec=self.recipe.checkpoints,
                 guard=self._guard(),
+                environment=self._environment(),
+                interruption=self.interruption,
                 metrics=self.out / METRICS,
                 diverged=self.out / DIVERGED,
+                losses=losses,
                 reporter=self.reporter,
                 model=prepared,
                 args=self.arguments,
@@ -179,10 +219,19 @@ class _Run:
             # Now instead of in its `train`: an optimizer may be unknown or not installed.
             trainer.create_optimizer()
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
-            if not existed and self.out.exists():
-                self.out.rmdir()  # transformers made it; nothing is in it yet
             raise RecipeError(f"training: {str(error).splitlines()[0]}") from error
         return trainer
+
+    def _note_small_data(self) -> None:
+        items, packed = len(self.data.train_set), self.data.train_set.packed
+        accumulated = self.arguments.gradient_accumulation_steps
+        batch = self.arguments.per_device_train_batch_size * accumulated
+        if items < batch:
+            unit = "packed block" if packed else "row"
+            self.reporter.note(
+                f"the training set is {items:,} {unit}{'' if items == 1 else 's'}, less than a "
+                f"step's {batch:,}: every step sees all of it"
+            )
 
     def _rule(self) -> SelectionSpec:
         """Return how to profile and select."""
@@ -231,6 +280,9 @@ class _Run:
     def _guard(self) -> dict[str, Any]:
         return guard(self.recipe, self.base, self.selection)
 
+    def _environment(self) -> dict[str, Any]:
+        return environment(self.arguments.device)
+
     def _about(self, steps: int, evaluation: Evaluation | None) -> dict[str, Any]:
         """Return what the delta's manifest says of the run."""
         about: dict[str, Any] = {
@@ -260,4 +312,5 @@ class _Run:
         file = self.out / SCORES
         # Nothing may fail now that training is done, not even where somebody tidied up.
         sample = Scores.read(file).sample if file.is_file() else {}
-        return {"data": self.recipe.data.train, "sample": sample}
+        data = [source.path for source in self.recipe.data.sources("train")]
+        return {"data": data[0] if len(data) == 1 else data, "sample": sample}

@@ -48,6 +48,8 @@ _NOT_HONOURED = {
     "eval_accumulation_steps": _ITS_OWN_EVALUATION,
     "batch_eval_metrics": _ITS_OWN_EVALUATION,
     "include_for_metrics": _ITS_OWN_EVALUATION,
+    "save_total_limit": "set checkpoints.keep_last instead",
+    "ignore_data_skip": "a resumed run would train on rows twice",
     "save_only_model": "a checkpoint holds what resuming needs",
     "enable_jit_checkpoint": "set save_strategy: steps instead",
     "load_best_model_at_end": "the last step's weights are saved",
@@ -61,7 +63,6 @@ _ABOVE_ZERO = (
     "learning_rate",
     "num_train_epochs",
     "per_device_train_batch_size",
-    "save_total_limit",
 )
 _SEEDS = ("seed", "data_seed")  # NumPy's take 32 bits
 

@@ -28,7 +28,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "while a checkpoint's tensors are written": (checkpoint, "save_file", 1),
     "before a checkpoint's last file": (checkpoint, "write_text", 1),
     "before a checkpoint is renamed": (files, "_swap", 2),
-    "before an old checkpoint is deleted": (checkpoint.shutil, "rmtree", 0),
+    "before an old checkpoint is deleted": (files.shutil, "rmtree", 0),
     "before the delta is written": (delta, "write_shards", 0),
     "before the manifest": (manifest, "write_json", 1),
 }

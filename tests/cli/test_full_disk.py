@@ -115,7 +115,8 @@ def test_a_checkpoint_then_resume_with_room(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {task / 'base'}\nmethod: full\ndata: {{train: {task / 'train.jsonl'}}}\n"
-        "training: {max_steps: 3, save_strategy: steps, save_steps: 1, save_total_limit: 9}\n"
+        "training: {max_steps: 3, save_strategy: steps, save_steps: 1}\n"
+        "checkpoints: {keep_last: 9}\n"
     )
     whole = tmp_path / "whole"
     assert esft("train", recipe, "--out", whole).returncode == 0
