@@ -240,6 +240,8 @@ def _sha256(file: Path) -> str:
     try:
         return sha256_file(file)
     except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{file}: no such data file") from None
         raise DataError(f"{file}: cannot read this data file: {error.strerror}") from None
 
 
