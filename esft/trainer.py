@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from esft.checkpoint import SavedState
 from esft.checkpointing import Checkpoints, stopped_early
+from esft.data.batching import LengthGrouped
 from esft.data.numbered import ITEMS, Numbered
 from esft.data.packing import TrainSet
 from esft.divergence import FiniteSteps, diverged
@@ -20,7 +22,7 @@ from esft.errors import EsftError, RecipeError
 from esft.evaluation import evaluate_model
 from esft.files import write_text
 from esft.interruption import Interruption
-from esft.labelled import labelled_logits
+from esft.labelled import labelled_logits, total_weight
 from esft.memory import peak_memory
 from esft.moe import trainable_parameters
 from esft.progress import SILENT, Reporter
@@ -94,6 +96,7 @@ class EsftTrainer(Trainer):
         self.interruption = interruption
         self.metrics = metrics
         self.tokens_seen = 0
+        self._lengths = train_set.lengths
         self._finite = FiniteSteps(train_set.where, diverged)
         self._began = time.monotonic()
         self._progress = Progress(self, reporter)
@@ -186,12 +189,26 @@ class EsftTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any
     ) -> Any:
-        """Return the loss, with logits for labelled tokens only."""
+        """Return the loss, with logits for labelled tokens only, and with their weights."""
         # Label smoothing computes its own loss from all logits.
         if self.label_smoother is not None or not self.model_accepts_loss_kwargs:
             return super().compute_loss(model, inputs, return_outputs, **options)
         with labelled_logits(self.model, inputs) as batch:
             return super().compute_loss(model, batch, return_outputs, **options)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Trainer's hook: what the sum of an optimizer step's losses is divided by."""
+        if any("loss_weights" in batch for batch in batch_samples):
+            return total_weight(batch_samples).to(device)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's hook; its own sampler would start an epoch anew with each resumption."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        at_once = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGrouped(self._lengths, at_once, seed)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Score the model on the test rows and log the result."""

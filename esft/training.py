@@ -22,6 +22,7 @@ from esft.fingerprint import fingerprint, tokenizer_digest
 from esft.guard import check_same, environment, guard
 from esft.inference import check_vocabulary
 from esft.interruption import Interrupted, Interruption, interruptible
+from esft.labelled import check_weighing
 from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
 from esft.memory import peak_memory
@@ -141,6 +142,8 @@ class _Run:
         model = load_model(self.folder, device=self.recipe.device, dtype=self.recipe.dtype)
         if self.data.train_set.packed:
             check_isolation(model)
+        if self.data.train_set.weighted:
+            check_weighing(model)
         check_vocabulary(self.tokenizer, model, self.folder)
         scores = None
         if self.recipe.selects_experts and self.selection is None:
