@@ -100,3 +100,9 @@ def size(bytes_: int | None) -> str:
 def share(part: float | None) -> str:
     """Format a share as a percentage: 6.6 %, or `?` where unknown."""
     return "?" if part is None else f"{100 * part:.1f} %"
+
+
+def number_or_auto(text: str) -> float | str:
+    """Parse an option that is a number or the word auto."""
+    # A ValueError is a wrong use of the command, as for every other number.
+    return text if text == "auto" else float(text)

@@ -10,11 +10,6 @@ import typer
 from esft_cli import output
 
 
-def _number_or_auto(text: str) -> float | str:
-    # A ValueError is a wrong use of the command, as for every other number.
-    return text if text == "auto" else float(text)
-
-
 def select(
     scores: Annotated[
         Path,
@@ -39,7 +34,7 @@ def select(
             "--p",
             metavar="P|auto",
             show_default="0.2",
-            parser=_number_or_auto,
+            parser=output.number_or_auto,
             help="Per layer, take the best experts until their scores reach this share of the "
             "layer's; above 0, at most 1. auto: the smallest that is stable between the halves of "
             "the sample and reaches --cover.",

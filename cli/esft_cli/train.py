@@ -36,7 +36,13 @@ def train(
         str | None, typer.Option(help="Select by token (TSR) or gate (AGS).", metavar="NAME")
     ] = None,
     p: Annotated[
-        float | None, typer.Option(help="Select up to this cumulative share.", metavar="SHARE")
+        str | None,
+        typer.Option(
+            "--p",
+            help="Select up to this cumulative share; auto finds it, as esft select does.",
+            metavar="SHARE|auto",
+            parser=output.number_or_auto,
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps (training.max_steps).", metavar="N")

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from esft.recipe_sections import TrainSpec
+from esft.trained_parts import TrainedParts
+
 if TYPE_CHECKING:
     from esft.recipe_sections import Recipe
     from esft.run_result import RunResult
@@ -20,6 +23,12 @@ _CARD = """\
 | method | {{ result.method }} |
 | training data | `{{ recipe.data.sources("train") | map(attribute="path") | join("`, `") }}` |
 | steps | {{ result.steps }} |
+{% if every_expert -%}
+| experts | all |
+{% endif -%}
+{% if parts -%}
+| also trained | {{ parts | join(", ") }} |
+{% endif -%}
 {% if result.train_loss is not none -%}
 | training loss (mean over the steps) | {{ "%.4f" % result.train_loss }} |
 {% endif -%}
@@ -31,7 +40,7 @@ _CARD = """\
 | {{ "%.3f" % result.evaluation.exact_match }} |
 | loss there | {{ "%.4f" % result.evaluation.loss }} |
 {% endif %}
-{% if selection -%}
+{% if selection and not every_expert -%}
 Experts trained, by layer, best first:
 
 | layer | experts |
@@ -49,5 +58,12 @@ checkpoint:
 
 def run_card(recipe: Recipe, result: RunResult, selection: Selection | None) -> str:
     """Return the card of a run as Markdown."""
+    train = recipe.train or TrainSpec()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
-    return environment.from_string(_CARD).render(recipe=recipe, result=result, selection=selection)
+    return environment.from_string(_CARD).render(
+        recipe=recipe,
+        result=result,
+        selection=selection,
+        every_expert=train.experts == "all",
+        parts=TrainedParts.of(selection, **train.parts).names,
+    )
