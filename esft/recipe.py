@@ -230,6 +230,8 @@ def _check_losses(losses: LossSpec, places: Places) -> None:
         )
     if losses.devices is not None and not losses.device_balance:
         raise RecipeError(f"{places.of(('losses', 'devices'))}: is for losses.device_balance")
+    if isinstance(losses.devices, int) and losses.devices < 1:
+        raise RecipeError(f"{places.of(('losses', 'devices'))}: must be above 0")
 
 
 def _check_train(recipe: Recipe, train: TrainSpec, places: Places) -> None:

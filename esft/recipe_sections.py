@@ -112,7 +112,7 @@ class LossSpec(_Strict):
     load_balance: _Coefficient = 0.0
     expert_balance: _Coefficient = 0.0
     device_balance: _Coefficient = 0.0
-    devices: Annotated[int, Field(gt=0)] | list[list[int]] | None = None
+    devices: int | list[list[int]] | None = None
     sequence_balance: _Coefficient = 0.0
     importance: _Coefficient = 0.0
     router_z: _Coefficient = 0.0
