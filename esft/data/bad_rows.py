@@ -35,9 +35,12 @@ class BadRows:
             raise DataError(f"--skip-bad {limit}: expected 0 or more")
         self.limit = limit
         self.skipped: list[dict[str, str]] = []
+        self._places: set[str] = set()
 
     def skip(self, error: DataError) -> None:
         """Skip the row that `error` is about, if another one may be skipped.
+
+        A row counts once, however often it is drawn or read.
 
         Raises:
             DataError: `error` itself, if no row may be skipped or it is not about a single row;
@@ -46,12 +49,15 @@ class BadRows:
         placed = _PLACED.fullmatch(str(error))
         if placed is None or not self.limit:
             raise error
+        if placed["where"] in self._places:
+            return
         if len(self.skipped) == self.limit:
             rows = "1 bad row" if self.limit == 1 else f"{self.limit:,} bad rows"
             raise DataError(
                 f"{error} ({rows} skipped before this one, as many as --skip-bad {self.limit} "
                 f"allows)"
             ) from error
+        self._places.add(placed["where"])
         self.skipped.append(placed.groupdict())
 
     def write(self, path: Path) -> None:

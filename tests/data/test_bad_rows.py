@@ -22,6 +22,7 @@ def test_rows_up_to_the_limit_are_recorded(tmp_path: Path) -> None:
     bad_rows = BadRows(2)
     bad_rows.skip(DataError("data/a.jsonl:3: not JSON: at column 4: here"))
     bad_rows.skip(DataError("b.parquet[17]: `prompt` is “null”"))
+    bad_rows.skip(DataError("data/a.jsonl:3: again, a row counts once"))
     with pytest.raises(DataError) as caught:
         bad_rows.skip(DataError("a.jsonl:9: no `prompt`"))
     assert str(caught.value) == (
