@@ -189,6 +189,22 @@ class EsftTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any
     ) -> Any:
+        """Return the task's loss, with the gradient of all losses."""
+        if self.losses is None or not torch.is_grad_enabled():
+            return self._task_loss(model, inputs, return_outputs, **options)
+        with self.losses.watching(inputs) as total:
+            found = self._task_loss(model, inputs, return_outputs, **options)
+        extra = total()
+        # A task's loss that is not divided by all items of a step yet, Trainer divides with this.
+        if self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None:
+            extra = extra / self.current_gradient_accumulation_steps
+        # What is logged and checked as the loss stays the task's: this is 0.
+        gradient = extra - extra.detach()
+        return (found[0] + gradient, *found[1:]) if return_outputs else found + gradient
+
+    def _task_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool, **options: Any
+    ) -> Any:
         """Return the loss, with logits for labelled tokens only, and with their weights."""
         # Label smoothing computes its own loss from all logits.
         if self.label_smoother is not None or not self.model_accepts_loss_kwargs:
