@@ -37,11 +37,12 @@ def trusting_remote_code() -> Iterator[None]:
         trusted.reset(token)
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, *, weights: bool = True) -> Path:
     """Return the folder of a checkpoint, downloading it if `model` is a hub id.
 
     Args:
         model: a folder with a `config.json`, a hub id (`Qwen/Qwen3-30B-A3B`), or `tiny-moe`.
+        weights: whether to download these, too, or only what is small.
 
     Raises:
         ModelError: there is no such folder, or the hub does not have it or cannot be reached.
@@ -61,10 +62,10 @@ def resolve(model: str | Path) -> Path:
         return path
     if path.exists() or not _HUB_ID.fullmatch(str(model)):
         raise ModelError(f"{model}: no such folder; give a checkpoint's folder or a hub id")
-    return _download(str(model))
+    return _download(str(model), weights)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -78,7 +79,7 @@ def _download(hub_id: str) -> Path:
             snapshot_download(
                 hub_id,
                 allow_patterns=[*_HUB_FILES, *(["*.py"] if trusted.get() else [])],
-                ignore_patterns=_HUB_COPIES,
+                ignore_patterns=_HUB_COPIES if weights else ["*.safetensors"],
             )
         )
     except GatedRepoError as error:

@@ -11,7 +11,7 @@ from esft.data.example import Example
 from esft.data.fitting import Fitted, fit
 from esft.data.packing import TrainSet, pack, separate
 from esft.data.row import Row
-from esft.data.sources import Source, identity, read_sources
+from esft.data.sources import Source, SourceRows, identity, join, read_source
 from esft.errors import DataError
 from esft.progress import SILENT, Reporter
 from esft.recipe_sections import DataSpec
@@ -22,7 +22,10 @@ class TaskData:
     """What a run learns from and is scored on.
 
     Attributes:
+        sources: where the training rows came from.
+        eval_sources: where the test rows came from.
         rows: of the training set, as read; profiling draws from them.
+        examples: these in tokens, before any was left out or cut.
         train_set: the training set in blocks or rows of tokens.
         fitted: the training set's rows before that, and what was done to those that were too long.
         eval_examples: the test rows; empty if the recipe names none.
@@ -30,7 +33,10 @@ class TaskData:
         bad_rows: what was skipped of either.
     """
 
+    sources: list[SourceRows]
+    eval_sources: list[SourceRows]
     rows: list[Row]
+    examples: list[Example]
     train_set: TrainSet
     fitted: Fitted
     eval_examples: list[Example]
@@ -53,8 +59,12 @@ def prepare(data: DataSpec, tokenizer: Any, *, reporter: Reporter = SILENT) -> T
     """
     bad_rows = BadRows(data.skip_bad)
     # All files are read before the first row is turned into tokens, which takes longer.
-    rows = _read(data, "train", bad_rows, reporter)
-    eval_rows = _read(data, "eval", bad_rows, reporter)
+    sources = _read(data, "train", bad_rows, reporter)
+    eval_sources = _read(data, "eval", bad_rows, reporter)
+    rows, eval_rows = (
+        join(read, strategy=data.stopping_strategy, seed=data.seed, reporter=reporter)
+        for read in (sources, eval_sources)
+    )
     examples = _encoded(rows, tokenizer, data, bad_rows, reporter)
     eval_examples = _encoded(eval_rows, tokenizer, data, bad_rows, SILENT)
     _report_overlap(examples, eval_examples, reporter)
@@ -75,7 +85,17 @@ def prepare(data: DataSpec, tokenizer: Any, *, reporter: Reporter = SILENT) -> T
         train_set = pack(fitted.examples, data.max_length, pad_id=pad_id, loss_on=data.loss_on)
     else:
         train_set = separate(fitted.examples, data.max_length, loss_on=data.loss_on)
-    return TaskData(rows, train_set, fitted, eval_examples, pad_id, bad_rows)
+    return TaskData(
+        sources=sources,
+        eval_sources=eval_sources,
+        rows=rows,
+        examples=examples,
+        train_set=train_set,
+        fitted=fitted,
+        eval_examples=eval_examples,
+        pad_id=pad_id,
+        bad_rows=bad_rows,
+    )
 
 
 def data_identity(data: DataSpec) -> dict[str, Any]:
@@ -106,15 +126,9 @@ def _identity(data: DataSpec, which: Literal["train", "eval"]) -> Any:
 
 def _read(
     data: DataSpec, which: Literal["train", "eval"], bad_rows: BadRows, reporter: Reporter
-) -> list[Row]:
+) -> list[SourceRows]:
     sources = _sources(data, which)
-    return read_sources(
-        sources,
-        strategy=data.stopping_strategy,
-        seed=data.seed,
-        bad_rows=bad_rows,
-        reporter=reporter,
-    )
+    return [read_source(source, bad_rows=bad_rows, reporter=reporter) for source in sources]
 
 
 def _encoded(

@@ -9,6 +9,7 @@ import warnings
 
 import typer
 
+from esft_cli.data import app as data_app
 from esft_cli.demo import demo
 from esft_cli.evaluate import evaluate
 from esft_cli.export import export
@@ -47,6 +48,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("mask")(mask)
 app.add_typer(scores_app, name="scores")
+app.add_typer(data_app, name="data")
 
 
 def run() -> None:

@@ -88,9 +88,20 @@ def read_sources(
             starts with the file, or `file:line`.
     """
     read = [read_source(source, bad_rows=bad_rows, reporter=reporter) for source in sources]
-    if all(source.weight is None for source in sources):
+    return join(read, strategy=strategy, seed=seed, reporter=reporter)
+
+
+def join(
+    read: Sequence[SourceRows],
+    *,
+    strategy: StoppingStrategy = "first_exhausted",
+    seed: int = 0,
+    reporter: Reporter = SILENT,
+) -> list[Row]:
+    """Return the rows of sources that were read. Args and errors as for `read_sources`."""
+    weights = [1 if found.source.weight is None else found.source.weight for found in read]
+    if all(found.source.weight is None for found in read):
         return [row for found in read for row in found.rows]
-    weights = [1 if source.weight is None else source.weight for source in sources]
     counts = shares([len(found.rows) for found in read], weights, strategy)
     for found, weight, count in zip(read, weights, counts, strict=True):
         path = found.source.path

@@ -41,6 +41,7 @@ OPTIONS = {
     "--dtype --trust-remote-code --json",
     "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
     "--device --dtype --trust-remote-code --json",
+    "data preview": "recipe --data --eval --rows --seed --stats --set --trust-remote-code --json",
     "scores import": "path --out --top-k --experts --json",
     "scores diff": "a b --metric --p --json",
     "scores overlap": "files --metric --p --plot --json",
