@@ -36,8 +36,14 @@ def guard(recipe: Recipe, base: Fingerprint, selection: Selection | None) -> dic
         **recipe_identity(recipe),
         "base": base,
         "data": data_identity(recipe.data),
-        "selection": None if selection is None else selection.to_dict()["experts"],
+        "selection": None if selection is None else _selected(selection),
     }
+
+
+def _selected(selection: Selection) -> dict[str, Any]:
+    written = selection.to_dict()
+    flags = ("shared_experts", "non_expert_modules")
+    return {**written["experts"], **{flag: written[flag] for flag in flags}}
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:

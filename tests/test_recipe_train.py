@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import esft
 from esft.delta import read_delta
-from esft.errors import RecipeError, SelectionError
+from esft.errors import EsftError, RecipeError, SelectionError
 from esft.progress import SilentReporter
 from esft.recipe import make_recipe, read_recipe
 from tests.checkpoints import save_tiny
@@ -233,6 +233,21 @@ def test_a_run_with_parts_goes_on_to_the_same_bits(base: Path, data: Path, tmp_p
     found = weights(tmp_path / "run" / "delta")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_resumed_run_trains_what_the_killed_one_did(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Also where the flags of the selection's file say it."""
+    file = tmp_path / "selection.json"
+    file.write_text('{"experts": {"1": [5]}}')
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    made = recipe(base, data, selection=str(file), training=saving)
+    esft.train(made, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "delta")
+    file.write_text('{"experts": {"1": [5]}, "shared_experts": true}')
+    with pytest.raises(EsftError, match=r"selection\.shared_experts: False then, True now"):
+        esft.train(made, tmp_path / "run", resume=True)
 
 
 def test_p_is_found_while_training(base: Path, data: Path, tmp_path: Path) -> None:
