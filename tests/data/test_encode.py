@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from esft.data.bad_rows import BadRows
 from esft.data.encode import encode_prompt, encode_rows
 from esft.data.example import Example
 from esft.data.row import Message, Row
 from esft.errors import DataError, ModelError
+from tests.data.test_fitting import Notes
 from tests.toy_tokenizers import (
     CHATML,
     DEEPSEEK,
@@ -304,6 +306,93 @@ def test_a_template_that_leaves_the_answer_out() -> None:
 def test_a_tokenizer_without_eos() -> None:
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         encode_rows([Row("f:1", prompt="a", completion="b")], byte_tokenizer(eos=None))
+
+
+def test_text_is_all_learnt_and_ends() -> None:
+    rows = [Row("f:1", text="ab c"), Row("f:2", text="it ends</s>")]
+    tokenizer = byte_tokenizer()
+    first, second = encode_rows(rows, tokenizer)
+    assert spelled(first, tokenizer) == marked("«<s>ab c</s>»", tokenizer)
+    assert spelled(second, tokenizer) == marked("«<s>it ends</s>»", tokenizer)
+    assert first.labels() == [-100, *first.input_ids[1:]]  # nothing predicts BOS
+    (adds_eos,) = encode_rows(rows[:1], byte_tokenizer(adds_eos=True))
+    assert adds_eos.input_ids == first.input_ids
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        encode_rows(rows, byte_tokenizer(eos=None))
+
+
+def tokens(where: str, *ids: int, learnt: str) -> Row:
+    return Row(where, input_ids=ids, supervised=tuple(flag == "1" for flag in learnt))
+
+
+def test_tokens_stay_as_they_are() -> None:
+    notes = Notes()
+    rows = [tokens("f:1", 9, 8, 7, 1, learnt="0011"), tokens("f:2", 1, 1, 5, learnt="110")]
+    first, second = encode_rows(rows, byte_tokenizer(), reporter=notes)
+    assert (first.input_ids, first.completion) == ([9, 8, 7, 1], [False, False, True, True])
+    assert (second.input_ids, second.completion) == ([1, 1, 5], [True, True, False])
+    assert notes.notes == []
+
+
+def test_tokens_that_teach_no_end_are_said_once() -> None:
+    notes = Notes()
+    rows = [tokens(f"f:{i}", 9, 8, 1, learnt="010") for i in (1, 2, 3)]
+    encode_rows([*rows, tokens("f:4", 9, 1, learnt="01")], byte_tokenizer(), reporter=notes)
+    (note,) = notes.notes
+    assert note.startswith("f:1 and 2 more rows: no end token among the tokens learnt")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (tokens("f:1", 9, 8, 259, learnt="111"), "token 259 is not of this model's tokenizer"),
+        (tokens("f:1", 9, -1, 5, learnt="111"), "token -1 is not of this model's tokenizer"),
+        (tokens("f:1", 9, 8, 7, learnt="100"), "no tokens to learn from"),
+        (tokens("f:1", 9, 8, 7, learnt="000"), "no tokens to learn from"),
+    ],
+)
+def test_tokens_that_cannot_be_learnt(row: Row, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"^f:1: .*{reason}"):
+        encode_rows([row], byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        (Row("f:1", prompt="a", completion="b"), "prompt-completion"),
+        (Row("f:1", text="a"), "text"),
+        (tokens("f:1", 9, 8, learnt="01"), "tokenized"),
+    ],
+)
+def test_an_assistants_turns_are_those_of_conversations(row: Row, form: str) -> None:
+    with pytest.raises(DataError, match=rf"^f:1: loss_on: assistant .* this row is {form}"):
+        encode_rows([row], byte_tokenizer(), loss_on="assistant")
+
+
+def test_a_conversation_of_which_nothing_is_learnt() -> None:
+    silent = Row("f:1", messages=(Message("user", "Hi"), Message("assistant", "Yo", weight=0.0)))
+    with pytest.raises(DataError, match=r"^f:1: .*no tokens to learn from: the weights are 0"):
+        encode_rows([silent], chatml())
+    # With the loss on all tokens, the user's are left.
+    (example,) = encode_rows([silent], chatml(), loss_on="all")
+    assert example.supervised == 0
+    assert sum(label != -100 for label in example.labels("all")) == 20
+
+
+def test_rows_that_cannot_be_used_are_skipped_up_to_a_limit() -> None:
+    rows = [
+        tokens("f:1", 999, learnt="1"),
+        Row("f:2", prompt="a", completion="b"),
+        chat("user: a", "user: a", "assistant: b"),
+        Row("f:4", text="a"),
+    ]
+    bad = BadRows(2)
+    examples = encode_rows(rows, mistral(), bad=bad)
+    assert [example.where for example in examples] == ["f:2", "f:4"]
+    assert [row["where"] for row in bad.skipped] == ["f:1", "task.jsonl:7"]
+    assert "roles must alternate" in bad.skipped[1]["reason"]
+    with pytest.raises(DataError, match=r"^task.jsonl:7: .*1 bad row skipped before"):
+        encode_rows(rows, mistral(), bad=BadRows(1))
 
 
 def test_encode_rows_applies_max_length() -> None:
