@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from esft.data.encode import encode_rows
-from esft.data.rows import Row, read_rows
+from esft.data.row import Row
+from esft.data.rows import read_rows
 from esft.errors import EsftError, OutputError, nearest
 from esft.evaluation import Evaluation, evaluate_model
 from esft.files import read_json, write_json

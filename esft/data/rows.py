@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from esft.data.bad_rows import STRICT, BadRows
-from esft.data.row import Message, Row
+from esft.data.row import Row
 from esft.data.sources import Source, read_source
 from esft.progress import SILENT, Reporter
-
-__all__ = ["Message", "Row", "read_rows"]
 
 
 def read_rows(

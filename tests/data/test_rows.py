@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esft.data.rows import Message, Row, read_rows
+from esft.data.formats import FORMATS
+from esft.data.row import Message, Row
+from esft.data.rows import read_rows
+from esft.data.sources import Source, read_source
 from esft.errors import DataError, EsftError
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}\n'
@@ -228,5 +231,7 @@ def test_a_damaged_line_is_read_or_named(
 def test_the_examples_of_the_format_page_are_read(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     blocks = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
-    formats = {read_rows(write(tmp_path, block.encode()))[0].format for block in blocks}
-    assert formats == {"prompt-completion", "messages"}
+    found = [read_source(Source(str(write(tmp_path, block.encode())))) for block in blocks]
+    assert {source.format for source in found} == set(FORMATS)
+    (alpaca,) = (source for source in found if source.format == "alpaca")
+    assert f"```text\n{alpaca.rows[0].prompt}```" in page
