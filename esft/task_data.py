@@ -139,7 +139,7 @@ def _encoded(
         tokenizer,
         loss_on=data.loss_on,
         last_turn_only=data.last_turn_only,
-        bad=bad_rows,
+        bad_rows=bad_rows,
         reporter=reporter,
     )
     if rows and not examples:

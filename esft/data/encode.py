@@ -26,7 +26,7 @@ def encode_rows(
     loss_on: LossOn = "completion",
     last_turn_only: bool = False,
     max_length: int | None = None,
-    bad: BadRows = STRICT,
+    bad_rows: BadRows = STRICT,
     reporter: Reporter = SILENT,
 ) -> list[Example]:
     """Turn rows into tokens.
@@ -45,7 +45,7 @@ def encode_rows(
             `all`: as `completion`, but see `Example.labels`.
         last_turn_only: only the assistant's last turn is an answer.
         max_length: drop rows whose answer ends beyond this many tokens; see `fit`.
-        bad: skips rows that cannot be used, if it may.
+        bad_rows: collects rows that cannot be used, if any may be skipped.
         reporter: told about rows that were dropped, and about what a chat template made necessary.
 
     Raises:
@@ -62,7 +62,7 @@ def encode_rows(
             encoded = []
             for outcome in encoder.encode(form, chunk):
                 if isinstance(outcome, DataError):
-                    bad.skip(outcome)
+                    bad_rows.skip(outcome)
                 else:
                     encoded.append(outcome)
             examples += encoded

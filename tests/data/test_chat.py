@@ -161,7 +161,7 @@ def test_templates_that_teach_the_wrong_thing(template: str, reason: str) -> Non
         encode_rows([row], tokenizer)
     # Such a row may be skipped like any other.
     bad = BadRows(1)
-    assert encode_rows([row], tokenizer, bad=bad) == []
+    assert encode_rows([row], tokenizer, bad_rows=bad) == []
     assert [skipped["where"] for skipped in bad.skipped] == ["chats.jsonl:7"]
 
 

@@ -387,12 +387,12 @@ def test_rows_that_cannot_be_used_are_skipped_up_to_a_limit() -> None:
         Row("f:4", text="a"),
     ]
     bad = BadRows(2)
-    examples = encode_rows(rows, mistral(), bad=bad)
+    examples = encode_rows(rows, mistral(), bad_rows=bad)
     assert [example.where for example in examples] == ["f:2", "f:4"]
     assert [row["where"] for row in bad.skipped] == ["f:1", "task.jsonl:7"]
     assert "roles must alternate" in bad.skipped[1]["reason"]
     with pytest.raises(DataError, match=r"^task.jsonl:7: .*1 bad row skipped before"):
-        encode_rows(rows, mistral(), bad=BadRows(1))
+        encode_rows(rows, mistral(), bad_rows=BadRows(1))
 
 
 def test_encode_rows_applies_max_length() -> None:
