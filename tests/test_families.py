@@ -23,21 +23,23 @@ from transformers.models.auto.configuration_auto import (
     model_type_to_module_name,
 )
 
-from esft.changes import expert_changes
+from esft.changes import expert_changes, trained_changes
 from esft.data.example import Example
 from esft.data.isolation import check_isolation
-from esft.delta import write_delta
+from esft.delta import attach_delta, write_delta
 from esft.errors import ModelError
 from esft.experts import attach, detach
-from esft.fingerprint import fingerprint
+from esft.fingerprint import Fingerprint, fingerprint
 from esft.loading import auto_class, load_model
 from esft.merging import merge
-from esft.moe import inspect
+from esft.moe import inspect, moe_layers, trainable_parameters
+from esft.names import layer_parts, to_disk
 from esft.pairs import Pair, profile_pairs
 from esft.profiling import profile_model
 from esft.scores import LayerScores, Scores
 from esft.selection import select
 from esft.shards import open_checkpoint
+from esft.trained_parts import PARTS, ROUTER, SHARED_EXPERTS, parameter_parts, router_buffers
 from tests.expert_calls import Calls, watched
 from tests.families import SIZES
 from tests.family_table import FAMILIES, Family
@@ -149,6 +151,35 @@ def check_moved(
             assert changed == sorted(experts), name
 
 
+# Buffers that no training changes, though checkpoints store them.
+CONSTANTS = r"\.(layer_scalar|tid2eid|(query|key|diagonal)_decay|slope_rate)$|^lerope\.alpha$"
+
+
+def check_parts(family: Family, model: Any, base: Fingerprint) -> None:
+    """Check that each tensor of the base is an expert's, of exactly one part, or a constant."""
+    layers = moe_layers(model)
+    state = model.state_dict()
+    experts = {
+        name
+        for layer in layers
+        for pieces in layer_parts(model, layer, base).values()
+        for piece in pieces
+        for name in piece.names
+    }
+    by_part: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for name, part in parameter_parts(model, layers).items():
+        by_part[part][name] = state[name]
+    assert bool(by_part[SHARED_EXPERTS]) == family.shared
+    by_part[ROUTER] |= router_buffers(model, layers)
+    for layer in layers:
+        block = layer.name.rpartition(".")[0]
+        assert any(name.startswith(block) for name in by_part[ROUTER])
+    on_disk = [set(to_disk(model, tensors)) for tensors in by_part.values()] + [experts]
+    assert sum(map(len, on_disk)) == len(set().union(*on_disk))
+    left = base.keys() - set().union(*on_disk)
+    assert all(re.search(CONSTANTS, name) for name in left), left
+
+
 def logits(model: Any) -> Tensor:
     ids = batches(1)[0]
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
@@ -185,9 +216,10 @@ def test_the_whole_chain(name: str, tmp_path: Path) -> None:
     before = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
     saved = model.state_dict()
     assert all(torch.equal(tensor, saved[key]) for key, tensor in before.items())
+    fingerprints = fingerprint(open_checkpoint(base))
+    check_parts(family, trained, fingerprints)
     attach(trained, selection).train()
     train_steps(trained, 3)
-    fingerprints = fingerprint(open_checkpoint(base))
     delta.mkdir()
     changes = expert_changes(trained, fingerprints)
     assert {change.rows is not None for change in changes} == {family.disk == "fused"}
@@ -205,6 +237,44 @@ def test_the_whole_chain(name: str, tmp_path: Path) -> None:
     model.requires_grad_(True)
     passes = check_passes(model, family.scoring)
     check_bias(model, passes, family.biased, name)
+
+
+# Where a checkpoint cuts, joins, turns or keeps in another dtype what is no routed expert's, or a
+# router moves itself to another dtype.
+OTHERWISE = (
+    "bailing_hybrid",
+    "hunyuan_v1_moe",
+    "minimax_m3_vl",
+    "mistral_large4",
+    "step3p7",
+    "switch_transformers",
+)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_trains_beside_the_selection(name: str, tmp_path: Path) -> None:
+    base, delta = tmp_path / "base", tmp_path / "delta"
+    kind = type(model_of(name))
+    model_of(name).save_pretrained(base)
+    model = cloned(kind.from_pretrained(base, dtype="auto"))
+    fingerprints = fingerprint(open_checkpoint(base))
+    attach(model, None, shared_experts=True, non_expert_modules=True, router=True)
+    logits(model)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            moved = parameter + torch.randn(parameter.shape, generator=generator)
+            # Numbers that bf16 has: some are stored in it, though in memory they are in float32.
+            parameter.copy_(moved.to(torch.bfloat16))
+    delta.mkdir()
+    changes = trained_changes(model, fingerprints)
+    write_delta(delta, fingerprints, changes, {"method": "esft", "base": {}})
+    merged = kind.from_pretrained(merge(base, delta, tmp_path / "merged"), dtype="auto")
+    loaded = attach_delta(kind.from_pretrained(base, dtype="auto"), base, delta)
+    expected, found = detach(model).state_dict(), loaded.state_dict()
+    for key, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+        assert torch.equal(tensor, found[key]), key
 
 
 @pytest.mark.parametrize("name", REFUSED)
