@@ -99,7 +99,7 @@ def _plain(value: Any, key: Key, places: Places) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(item, (*key, str(name)), places) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, key, places) for item in value]
+        return [_plain(item, (*key, str(place)), places) for place, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if not (value is None or isinstance(value, bool | int | float | str)):

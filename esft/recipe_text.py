@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.nodes import MappingNode, Node, ScalarNode
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from esft.errors import RecipeError
 
@@ -79,9 +79,13 @@ class Places:
         return f"{self._path}:{self._line(key)}" + (f": {dotted}" if dotted else "")
 
     def _line(self, key: Key) -> int:
-        """Return the line of a key, or of the innermost mapping around it that is there."""
+        """Return the line of a key, or of the innermost value around it that is there."""
         node, line = self._node, 1
         for part in key:
+            if isinstance(node, SequenceNode) and part.isdecimal() and int(part) < len(node.value):
+                node = node.value[int(part)]
+                line = node.start_mark.line + 1
+                continue
             pairs = node.value if isinstance(node, MappingNode) else []
             found = next((pair for pair in pairs if pair[0].value == part), None)
             if found is None:

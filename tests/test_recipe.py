@@ -12,6 +12,7 @@ from esft.recipe import (
     DataSpec,
     Recipe,
     SelectionSpec,
+    SourceSpec,
     make_recipe,
     read_recipe,
     recipe_from_options,
@@ -399,3 +400,57 @@ def test_every_training_field_of_the_repository_s_recipes_is_known() -> None:
 def test_a_recipe_error_is_the_user_s() -> None:
     assert issubclass(RecipeError, EsftError)
     assert RecipeError.exit_code == 1
+
+
+SOURCES = """\
+model: m
+data:
+  eval: {path: more/test, split: test}
+  train:
+    - a.jsonl
+    - {path: ../b, weight: 2}
+    - {path: owner/name, config: main, split: train, format: text}
+"""
+
+
+def test_sources_of_data(folder: Path) -> None:
+    recipe = read_recipe(write(folder, SOURCES))
+    assert recipe.data.sources("train") == [
+        SourceSpec(path=str(folder / "a.jsonl"), format="auto"),
+        SourceSpec(path=str(folder.parent / "b"), format="auto", weight=2),
+        SourceSpec(path="owner/name", config="main", split="train", format="text"),
+    ]
+    # What looks like a hub id is one, unless it is there.
+    assert [source.path for source in recipe.data.sources("eval")] == ["more/test"]
+    (folder / "more" / "test").mkdir(parents=True)
+    recipe = read_recipe(folder / "recipe.yaml", ["data.format=sharegpt"])
+    assert [source.path for source in recipe.data.sources("eval")] == [str(folder / "more/test")]
+    formats = [source.format for source in recipe.data.sources("train")]
+    assert formats == ["sharegpt", "sharegpt", "text"]
+    assert make_recipe(MINIMAL).data.sources("eval") == []
+    assert read_recipe(write(folder / "more", recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("weight: 2", "weight: 0", "6: data.train.1.weight: input should be greater than 0 (got 0"),
+        ("weight: 2", "wieght: 2", '6: data.train.1.wieght: unknown key; did you mean "weight"?'),
+        ("weight: 2", "weight: .inf", "6: data.train.1.weight: must be finite (got inf)"),
+        ("path: ../b", "pth: ../b", '6: data.train.1.pth: unknown key; did you mean "path"?'),
+        ("format: text", "format: txt", "7: data.train.2.format: input should be 'messages', "),
+        ("split: test", "splt: test", '3: data.eval.splt: unknown key; did you mean "split"?'),
+        ("{path: more/test, split: test}", "7", "3: data.eval: "),
+    ],
+)
+def test_mistakes_in_sources(folder: Path, old: str, new: str, message: str) -> None:
+    said = refused(write(folder, SOURCES.replace(old, new, 1)))
+    assert said.startswith(f"recipe.yaml:{message}")
+
+
+@pytest.mark.parametrize(
+    "override", ["data.skip_bad=-1", "data.train=[]", "data.format=txt", "data.seed=1.5"]
+)
+def test_wrong_values_of_data(folder: Path, override: str) -> None:
+    key = override.partition("=")[0]
+    assert refused(write(folder, FULL), override).startswith(f"--set {key}: ")
