@@ -126,13 +126,14 @@ def make_losses(
     if frozen and spec.bias_update:
         raise RecipeError(
             "losses.bias_update: moves the routers' biases, but the routers are frozen; set "
-            "train: {router: true}, or losses.bias_update: 0"
+            "train: {router: true} or method: full, or losses.bias_update: 0"
         )
     if frozen:
         reporter.note(
             f"warning: {', '.join(spec.coefficients())}: the routers are frozen, so these losses "
             f"act only through the hidden states that earlier trained layers make, and not at all "
-            f"on a layer with nothing trained before it; train: {{router: true}} trains the routers"
+            f"on a layer with nothing trained before it; train: {{router: true}} or method: full "
+            f"trains the routers"
         )
     return losses
 
@@ -141,22 +142,30 @@ def silence_own_losses(model: nn.Module, reporter: Reporter = SILENT) -> None:
     """Turn off losses of routers that a model would add to its task's loss by itself.
 
     transformers adds `router_aux_loss_coef` times its own load balance loss where a checkpoint's
-    config has `output_router_logits: true`. A run's losses are the recipe's.
+    config has `output_router_logits: true`; the code that DeepSeek's checkpoints bring adds one
+    wherever `aux_loss_alpha` is not 0, as it is. A run's losses are the recipe's.
 
     Args:
-        model: changed in place: its config in memory.
+        model: changed in place: its config in memory, and what such routers took from it.
         reporter: told about a loss that was on.
     """
     config = text_config(model)
-    for each in (model.config, config):
+    for each in {id(each): each for each in (model.config, config)}.values():
         if getattr(each, "output_router_logits", None):
             each.output_router_logits = False  # type: ignore[union-attr]
             reporter.note(
-                f"the config of this checkpoint has output_router_logits: true: its own load "
-                f"balance loss (router_aux_loss_coef "
-                f"{getattr(each, 'router_aux_loss_coef', 'unset')}) is turned off; set "
-                f"losses.load_balance in the recipe to have one"
+                "the config of this checkpoint has output_router_logits: true: its own loss of "
+                "routers is turned off; set losses.load_balance in the recipe to have one"
             )
+    routers = [m for m in model.modules() if isinstance(getattr(m, "alpha", None), float)]
+    if getattr(config, "aux_loss_alpha", 0) and routers:
+        for router in routers:
+            router.alpha = 0.0  # type: ignore[assignment]
+        reporter.note(
+            f"the code of this checkpoint adds a loss of its own to its routers' (aux_loss_alpha "
+            f"{config.aux_loss_alpha}): it is turned off; set losses.sequence_balance in the "
+            f"recipe to have one"
+        )
 
 
 def device_groups(

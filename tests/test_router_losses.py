@@ -16,19 +16,18 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import esft
-from esft.data.encode import Example, encode_rows
+from esft.data.encode import encode_rows
 from esft.data.rows import read_rows
-from esft.errors import ModelError, RecipeError
+from esft.errors import RecipeError
 from esft.moe import moe_layers
 from esft.recipe import make_recipe, read_recipe
 from esft.recipe_sections import LossSpec
 from esft.router_losses import device_groups, make_losses
 from tests.checkpoints import save_tiny
 from tests.models import EXPERTS, LAYERS, TOP_K, tiny
-from tests.test_gates import moderate
-from tests.test_training import metrics, recipe
+from tests.router_runs import CHOSEN, RATE, Notes, first_loss, in_batches, wanted, write_rows
+from tests.test_training import metrics
 
-ROWS, RATE, LENGTH = 12, 0.05, 24
 DEVICES = [[0, 5, 7], [1, 2, 3, 4, 6]]
 WEIGHTS = {
     "load_balance": 0.3,
@@ -39,7 +38,6 @@ WEIGHTS = {
     "router_z": 0.05,
 }
 ALL: dict[str, Any] = {**WEIGHTS, "devices": DEVICES}
-CHOSEN = {0: [1, 6], 2: [4]}
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"{n}:", "completion": "abcdefgh"[: 1 + n * 5 % 8]} for n in range(ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def in_batches(examples: list[Example], packing: bool, size: int) -> list[list[Example]]:
-    """What is in each batch: `size` rows, or `size` blocks of rows in order."""
-    if packing:
-        blocks: list[list[Example]] = [[]]
-        for example in examples:
-            if sum(len(e.input_ids) for e in [*blocks[-1], example]) > LENGTH:
-                blocks.append([])
-            blocks[-1].append(example)
-    else:
-        blocks = [[example] for example in examples]
-    return [sum(blocks[i : i + size], []) for i in range(0, len(blocks), size)]
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def losses_by_hand(routed: list[list[Tensor]]) -> dict[str, Tensor]:
@@ -147,26 +129,6 @@ def by_hand(
     return dict(model.state_dict()), logged
 
 
-def wanted(base: Path, data: Path, losses: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
-    sections = {k: changes.pop(k) for k in ("train", "losses") if k in changes}
-    made = recipe(
-        base,
-        data,
-        data={"packing": changes.pop("packing", False), "max_length": LENGTH},
-        **{
-            "optim": "sgd",
-            "max_grad_norm": 0,
-            "learning_rate": RATE,
-            "max_steps": 2,
-            "per_device_train_batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "train_sampling_strategy": "sequential",
-        }
-        | changes,
-    )
-    return made | sections | ({} if losses is None else {"losses": losses})
-
-
 @pytest.mark.parametrize(
     ("method", "steps", "packing", "size", "accumulated", "checkpointing"),
     [
@@ -227,10 +189,6 @@ def test_a_step_is_gradient_descent_on_all_losses(
         assert (found[name][picked] - tensor[picked]).norm() < 2e-4 * moved + 1e-6, name
 
 
-def first_loss(run: Path) -> float:
-    return metrics(run)[0]["loss"]
-
-
 def test_the_loss_that_is_logged_is_the_task_s(base: Path, data: Path, tmp_path: Path) -> None:
     for name, losses in (("without", None), ("with", ALL)):
         made = wanted(base, data, losses, method="lora", train=None, max_steps=1)
@@ -279,19 +237,6 @@ def test_without_losses_nothing_is_hooked(base: Path, data: Path, tmp_path: Path
     assert files[0] == files[1]
 
 
-class Notes:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-    def task(self, title: str, total: int, unit: str) -> Any:
-        return esft.progress.SILENT.task(title, total, unit)
-
-
 def test_a_loss_on_frozen_routers_is_warned_of(base: Path, data: Path, tmp_path: Path) -> None:
     notes = Notes()
     model = tiny("qwen3_moe").requires_grad_(False)
@@ -323,19 +268,6 @@ def test_on_frozen_routers_it_acts_through_earlier_trained_layers(
         deltas.append(load_file(tmp_path / name / "delta" / "esft_delta.safetensors"))
     for name, tensor in deltas[0].items():
         assert torch.equal(tensor, deltas[1][name]) == (".layers.2." in name), name
-
-
-def test_the_bias_update_is_refused_where_it_cannot_be(
-    base: Path, data: Path, tmp_path: Path
-) -> None:
-    spec = LossSpec(bias_update=1e-3)
-    frozen = moderate("deepseek_v3").requires_grad_(False)
-    with pytest.raises(RecipeError, match=r"bias_update: .* frozen; set train: \{router: true\}"):
-        make_losses(spec, moe_layers(frozen), "deepseek_v3")
-    made = wanted(base, data, {"bias_update": 1e-3}, method="full")
-    with pytest.raises(ModelError, match="qwen3_moe: the routers of this family have no bias"):
-        esft.train(made, tmp_path / "run")
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize(
