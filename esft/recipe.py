@@ -21,6 +21,7 @@ from esft.locating import TINY_MOE
 from esft.recipe_sections import (
     CheckpointSpec,
     DataSpec,
+    EarlyStoppingSpec,
     LoraSpec,
     LossSpec,
     Recipe,
@@ -31,7 +32,7 @@ from esft.recipe_sections import (
 from esft.recipe_text import Key, Override, Places, parse_override, read_mapping
 from esft.secrets import has_secret
 from esft.selection_rule import METRICS, make_rule
-from esft.training_fields import check_training
+from esft.training_fields import check_best, check_training
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str | Override] = ()) -> Recipe:
@@ -80,6 +81,7 @@ def make_recipe(
         raise RecipeError(_explain(error, places)) from None
     _check_together(recipe, places)
     training = check_training(recipe.training, places)
+    check_best(training, places, early_stopping=recipe.early_stopping is not None)
     return recipe.model_copy(update={"training": training})
 
 
@@ -161,6 +163,7 @@ def _known(key: Key) -> list[str]:
         ("lora",): LoraSpec,
         ("checkpoints",): CheckpointSpec,
         ("losses",): LossSpec,
+        ("early_stopping",): EarlyStoppingSpec,
     }
     section = SourceSpec if key[:2] in (("data", "train"), ("data", "eval")) else Recipe
     return list(sections.get(key, section).model_fields)

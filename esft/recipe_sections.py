@@ -136,6 +136,13 @@ class CheckpointSpec(_Strict):
     keep_best: int = Field(default=0, ge=0)
 
 
+class EarlyStoppingSpec(_Strict):
+    """When to stop before the last step: `patience` evaluations in a row without a gain."""
+
+    patience: int = Field(default=1, gt=0)
+    threshold: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
 class Recipe(_Strict):
     """A whole run; what is None is chosen when it is trained, see docs/train.md."""
 
@@ -151,6 +158,9 @@ class Recipe(_Strict):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
     checkpoints: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    deterministic: bool = False
+    early_stopping: EarlyStoppingSpec | None = None
+    routing_drift: bool = True
 
     @property
     def trains_experts(self) -> bool:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from esft.checkpoint import SavedState
+from esft.checkpoint import SavedState, best
 from esft.checkpointing import Checkpoints, stopped_early
 from esft.data.batching import LengthGrouped
 from esft.data.numbered import ITEMS, Numbered
 from esft.data.packing import TrainSet
 from esft.divergence import FiniteSteps, diverged
+from esft.early_stopping import EarlyStopping
 from esft.errors import EsftError, RecipeError
 from esft.evaluation import evaluate_model
 from esft.files import write_text
@@ -26,7 +27,7 @@ from esft.labelled import labelled_logits, total_weight
 from esft.memory import peak_memory
 from esft.moe import trainable_parameters
 from esft.progress import SILENT, Reporter
-from esft.recipe_sections import CheckpointSpec
+from esft.recipe_sections import CheckpointSpec, EarlyStoppingSpec
 from esft.router_losses import RouterLosses
 from esft.training_log import Metrics, Progress, log_line
 
@@ -37,10 +38,12 @@ class Trained(NamedTuple):
     Attributes:
         steps: optimizer steps done, those before a resumption included.
         loss: mean over all of them.
+        best: the step whose weights the model has, if it is not the last.
     """
 
     steps: int
     loss: float
+    best: int | None = None
 
 
 class EsftTrainer(Trainer):
@@ -55,6 +58,7 @@ class EsftTrainer(Trainer):
         metrics: file that gets one JSON line for everything logged.
         diverged: file that is written if the loss or the gradient is not finite.
         losses: of routers, added to the task's.
+        early_stopping: when to stop before the last step.
         train_set: what to learn from.
         collate: makes a batch of its items.
         reporter: shown the progress.
@@ -72,6 +76,7 @@ class EsftTrainer(Trainer):
         metrics: Path,
         diverged: Path,
         losses: RouterLosses | None = None,
+        early_stopping: EarlyStoppingSpec | None = None,
         train_set: TrainSet,
         collate: Callable[..., dict[str, Any]],
         reporter: Reporter = SILENT,
@@ -94,7 +99,7 @@ class EsftTrainer(Trainer):
             interruption=interruption,
         )
         self.interruption = interruption
-        self.metrics = metrics
+        self.checkpoints, self.metrics = checkpoints, metrics
         self.tokens_seen = 0
         self._lengths = train_set.lengths
         self._finite = FiniteSteps(train_set.where, diverged)
@@ -108,10 +113,14 @@ class EsftTrainer(Trainer):
         if losses is not None:
             self.add_callback(losses)
             self.saving.buffers = losses.tensors()
+        if early_stopping is not None:
+            self.add_callback(EarlyStopping(early_stopping))
         self.add_callback(self.saving)
 
     def run(self, saved: SavedState | None = None) -> Trained:
         """Train, from the start or from a checkpoint on, which `guard.check_same` has passed.
+
+        With `load_best_model_at_end` the model ends with the weights of its best checkpoint.
 
         Raises:
             EsftError: training diverged, or no step was taken.
@@ -119,6 +128,17 @@ class EsftTrainer(Trainer):
             Interrupted: a signal came; a checkpoint of the last step is there.
         """
         self._began = time.monotonic()
+        trained = self._run(saved)
+        if not self.args.load_best_model_at_end:
+            return trained
+        metric, greater = self.args.metric_for_best_model, bool(self.args.greater_is_better)
+        found = best(self.checkpoints, metric, greater=greater)
+        if found is None:
+            raise EsftError("training.load_best_model_at_end: no step was both scored and saved")
+        self.saving.restore_weights(found)
+        return trained._replace(best=found.step)
+
+    def _run(self, saved: SavedState | None) -> Trained:
         try:
             if saved is None:
                 return self._train()

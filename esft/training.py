@@ -13,8 +13,12 @@ from transformers import set_seed
 
 from esft import run_lock
 from esft.checkpoint import SavedState
+from esft.data.encode import Example
 from esft.data.isolation import check_isolation
 from esft.data.packing import collate
+from esft.delta import read_delta
+from esft.determinism import deterministic
+from esft.drift import TOKENS, DriftMeter
 from esft.errors import EsftError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, write_text
@@ -27,12 +31,14 @@ from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
 from esft.memory import peak_memory
 from esft.methods import make_method
-from esft.moe import inspect, moe_layers, trainable_parameters
+from esft.moe import inspect, moe_layers
+from esft.movement import StartingPoint, stored_moved
 from esft.processes import refuse_several
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
 from esft.recipe import make_recipe, read_recipe
-from esft.recipe_sections import Recipe, SelectionSpec
+from esft.recipe_sections import CheckpointSpec, Recipe, SelectionSpec
+from esft.recomputation import recompute_layers
 from esft.report.card import run_card
 from esft.resuming import explain_interruption, to_resume
 from esft.router_losses import RouterLosses, make_losses, silence_own_losses
@@ -53,7 +59,7 @@ from esft.selection import Selection, select
 from esft.selection_rule import choose_layers, make_rule
 from esft.shards import open_checkpoint
 from esft.task_data import prepare
-from esft.trainer import EsftTrainer
+from esft.trainer import EsftTrainer, Trained
 from esft.training_fields import training_arguments, with_defaults
 
 if TYPE_CHECKING:
@@ -91,7 +97,7 @@ def train(
         recipe = make_recipe(recipe)
     refuse_several()
     recipe = with_defaults(recipe)
-    with interruptible() as interruption:
+    with interruptible() as interruption, deterministic(recipe.deterministic):
         try:
             # Before the folder is made for the lock: to resume there must be one.
             if resume and not out.is_dir():
@@ -157,7 +163,8 @@ class _Run:
         losses = make_losses(
             self.recipe.losses, layers, self.anatomy.model_type, reporter=self.reporter
         )
-        trained = sum(p.numel() for p in trainable_parameters(prepared).values())
+        start_weights = StartingPoint(prepared)
+        meter = self._drift_meter(prepared, scores)
         trainer = self._trainer(prepared, losses)
         self._note_small_data()
         # Up to here the input may be at fault, and nothing was written.
@@ -179,21 +186,26 @@ class _Run:
                 else None
             )
             with new_folder(self.out / DELTA) as folder:
-                method.save(prepared, folder, self.base, self._about(outcome.steps, evaluation))
+                method.save(prepared, folder, self.base, self._about(outcome, evaluation))
         except Interrupted:
             trainer.saving.save_once()
             raise
+        moved = start_weights.moved(prepared)
         result = RunResult(
             out=self.out,
             delta=self.out / DELTA,
             method=method.name,
             steps=outcome.steps,
+            best_step=outcome.best,
             seconds=seconds,
             tokens_per_second=trainer.tokens_seen / seconds,
             train_loss=outcome.loss,
-            trained=trained,
+            trained=moved.total,
             total=self.anatomy.total,
             routed=self.anatomy.routed,
+            moved=moved,
+            stored_moved=stored_moved(read_delta(self.out / DELTA), open_checkpoint(self.folder)),
+            drift=meter.read(self.selection) if meter and self.selection else None,
             delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
             peak_memory=peak_memory(model.device),
             evaluation=evaluation,
@@ -202,16 +214,20 @@ class _Run:
         return result
 
     def _trainer(self, prepared: nn.Module, losses: RouterLosses | None) -> EsftTrainer:
+        training = self.recipe.training
+        if training.get("gradient_checkpointing"):
+            recompute_layers(prepared, training.get("gradient_checkpointing_kwargs"))
         try:
             trainer = EsftTrainer(
                 checkpoints=self.out / CHECKPOINTS,
-                spec=self.recipe.checkpoints,
+                spec=self._kept(),
                 guard=self._guard(),
                 environment=self._environment(),
                 interruption=self.interruption,
                 metrics=self.out / METRICS,
                 diverged=self.out / DIVERGED,
                 losses=losses,
+                early_stopping=self.recipe.early_stopping,
                 reporter=self.reporter,
                 model=prepared,
                 args=self.arguments,
@@ -224,6 +240,13 @@ class _Run:
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
             raise RecipeError(f"training: {str(error).splitlines()[0]}") from error
         return trainer
+
+    def _kept(self) -> CheckpointSpec:
+        """Return which checkpoints to keep; the best one, too, if its weights are wanted."""
+        spec = self.recipe.checkpoints
+        if self.arguments.load_best_model_at_end:
+            return spec.model_copy(update={"keep_best": max(spec.keep_best, 1)})
+        return spec
 
     def _note_small_data(self) -> None:
         items, packed = len(self.data.train_set), self.data.train_set.packed
@@ -267,18 +290,31 @@ class _Run:
     def _profile(self, model: PreTrainedModel) -> Scores:
         """Profile the model on the training rows, as `esft profile` does."""
         spec = self._rule()
-        seq_len = context_length(model, spec.seq_len)
-        drawn = sample_rows(
-            self.data.rows, self.tokenizer, tokens=spec.tokens, seq_len=seq_len, seed=spec.seed
-        )
         return profile_model(
             model,
-            drawn,
+            self._sample(model, spec),
             count=spec.count,
             name=self.recipe.model,
             bytes_per_parameter=stored_bytes(self.folder),
             reporter=self.reporter,
         )
+
+    def _sample(self, model: PreTrainedModel, spec: SelectionSpec) -> list[Example]:
+        seq_len = context_length(model, spec.seq_len)
+        return sample_rows(
+            self.data.rows, self.tokenizer, tokens=spec.tokens, seq_len=seq_len, seed=spec.seed
+        )
+
+    def _drift_meter(self, prepared: Any, scores: Scores | None) -> DriftMeter | None:
+        """Profile the selected experts before training, where that is asked for."""
+        if self.selection is None or not self.recipe.routing_drift:
+            return None
+        spec = SelectionSpec() if isinstance(self.recipe.selection, str) else self._rule()
+        # Of a small sample, the scores that the experts were selected by will do.
+        known = scores if spec.tokens <= TOKENS else None
+        spec = spec.model_copy(update={"tokens": min(spec.tokens, TOKENS)})
+        sample = self._sample(prepared, spec)
+        return DriftMeter(prepared, sample, count=spec.count, before=known, reporter=self.reporter)
 
     def _guard(self) -> dict[str, Any]:
         return guard(self.recipe, self.base, self.selection)
@@ -286,7 +322,7 @@ class _Run:
     def _environment(self) -> dict[str, Any]:
         return environment(self.arguments.device)
 
-    def _about(self, steps: int, evaluation: Evaluation | None) -> dict[str, Any]:
+    def _about(self, outcome: Trained, evaluation: Evaluation | None) -> dict[str, Any]:
         """Return what the delta's manifest says of the run."""
         about: dict[str, Any] = {
             "method": self.recipe.method,
@@ -298,7 +334,8 @@ class _Run:
             },
             "recipe": self.recipe.model_dump(exclude_none=True),
             "training": {
-                "steps": steps,
+                "steps": outcome.steps,
+                "best_step": outcome.best,
                 "evaluation": None if evaluation is None else evaluation.to_dict(),
             },
         }

@@ -38,7 +38,7 @@ class Metrics(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Shows steps, loss and tokens/s."""
+    """Shows steps, loss, tokens/s, peak memory and time left."""
 
     def __init__(self, trainer: CountsTokens, reporter: Reporter) -> None:
         self._trainer, self._reporter = trainer, reporter
@@ -63,8 +63,10 @@ class Progress(TrainerCallback):
         **_: Any,
     ) -> None:
         """Remember what is shown beside the bar."""
+        logs = logs or {}
         shown = {"loss": "loss", "eval_loss": "eval loss", "eval_exact_match": "exact match"}
-        self._figures |= {shown[k]: v for k, v in (logs or {}).items() if k in shown}
+        self._figures |= {shown[name]: logs[name] for name in shown if name in logs}
+        self._figures["peak GB"] = logs["peak_memory"] / 1e9
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

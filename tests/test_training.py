@@ -435,7 +435,6 @@ def dense(folder: Path) -> Path:
         ({"selection": "none.json"}, r"none\.json: no such selection file"),
         ({"selection": "layer9.json"}, "the selection has layer 9"),
         ({"selection": "expert9.json"}, "the selection has expert 9 in layer 1"),
-        ({"selection": "shared.json"}, "shared_experts"),
         ({"selection": {"layers": "7"}}, "--layers 7: no MoE layer in 7"),
         ({"selection": {"top_n": 99}}, "--top-n 99"),
         ({"selection": {"budget": "1B"}}, "--budget 1B selects nothing"),
@@ -448,8 +447,11 @@ def dense(folder: Path) -> Path:
             {"method": "lora", "lora": {"target_parameters": ["mlp.experts.none"]}},
             r"^lora\.target_parameters: nothing in this model is called mlp\.experts\.none",
         ),
-        ({"training": {"optim": "none"}}, "^training: none is not a valid OptimizerNames"),
-        ({"training": {"optim": "adamw_anyprecision"}}, "^training: "),
+        (
+            {"training": {"optim": "none"}},
+            "^training.optim: none is not among the optimizers that are known",
+        ),
+        ({"training": {"optim": "lomo"}}, "^training.optim: lomo is not among"),
         ({"training": {"lr_scheduler_type": "none"}}, "^training: "),
         ({"training": {"report_to": "none_such"}}, "^training: "),
         ({"device": "cuda:77"}, "cuda:77: not usable here"),
@@ -469,8 +471,6 @@ def test_what_is_refused_leaves_nothing(
     (tmp_path / "unanswered.jsonl").write_text('{"prompt": "a"}\n')
     for name, experts in {"empty": {}, "layer9": {"9": [0]}, "expert9": {"1": [9]}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"experts": experts}))
-    shared = {"experts": {"1": [0]}, "shared_experts": True}
-    (tmp_path / "shared.json").write_text(json.dumps(shared))
     if change.get("model") == "DENSE":
         change = {"model": dense(tmp_path / "dense")}
     wanted: dict[str, Any] = {"model": base, "data": {"train": str(data), "max_length": 32}}

@@ -62,6 +62,14 @@ def train(
             metavar="N",
         ),
     ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic",
+            help="Same bits each time on the same machine (deterministic: true).",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")
     ] = False,
@@ -86,6 +94,7 @@ def train(
         "--p": (("selection", "p"), p),
         "--steps": (("training", "max_steps"), steps),
         "--lr": (("training", "learning_rate"), lr),
+        "--deterministic": (("deterministic",), deterministic),
         "--device": (("device",), device),
         "--eval": (("data", "eval"), eval_),
         "--skip-bad": (("data", "skip_bad"), skip_bad),
@@ -118,8 +127,16 @@ def _print(result: RunResult, model: str) -> None:
             "parameters trained",
             f"{output.count(result.trained)} ({output.share(result.trained / result.total)})",
         ),
+        ("moved while training", output.share(result.moved.share)),
         ("delta", f"{result.delta} ({output.size(result.delta_bytes)})"),
     ]
+    if result.best_step is not None:
+        rows.insert(1, ("weights of step", output.count(result.best_step)))
+    if result.stored_moved is not None:
+        rows.insert(-1, ("moved as stored", output.share(result.stored_moved.share)))
+    if result.drift is not None:
+        before, after = output.share(result.drift.before), output.share(result.drift.after)
+        rows.insert(-1, ("gate share of selected experts", f"{before} before, {after} after"))
     if result.evaluation is not None:
         rows.append(("exact match", output.share(result.evaluation.exact_match)))
         rows.append(("loss on test rows", f"{result.evaluation.loss:.4f}"))

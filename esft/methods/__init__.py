@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpertMethod", "FullMethod", "LoraMethod", "Method", "make_method"]
 
 
-def make_method(
-    recipe: Recipe, selection: Selection | None, reporter: Reporter = SILENT
-) -> Method:
+def make_method(recipe: Recipe, selection: Selection | None, reporter: Reporter = SILENT) -> Method:
     """Return the method that a recipe asks for.
 
     Args:

@@ -22,7 +22,8 @@ _CARD = """\
 | base | `{{ recipe.model }}` |
 | method | {{ result.method }} |
 | training data | `{{ recipe.data.sources("train") | map(attribute="path") | join("`, `") }}` |
-| steps | {{ result.steps }} |
+| steps | {{ result.steps }}{% if result.best_step %}, the weights are those of step \
+{{ result.best_step }}{% endif %} |
 {% if every_expert -%}
 | experts | all |
 {% endif -%}
@@ -34,6 +35,15 @@ _CARD = """\
 {% endif -%}
 | parameters trained | {{ "{:,}".format(result.trained) }} \
 ({{ "%.1f" % (100 * result.trained / result.total) }} % of the model) |
+| moved while training | {{ "%.1f" % (100 * result.moved.share) }} % of them |
+{% if result.stored_moved -%}
+| moved as the base stores them | {{ "%.1f" % (100 * result.stored_moved.share) }} % |
+{% endif -%}
+{% if result.drift -%}
+| the selected experts' share of gate scores | {{ "%.3f" % result.drift.before }} before, \
+{{ "%.3f" % result.drift.after }} after (mean of the layers, \
+{{ "{:,}".format(result.drift.tokens) }} tokens) |
+{% endif -%}
 | size of the delta | {{ "{:,}".format(result.delta_bytes) }} bytes |
 {% if result.evaluation -%}
 | exact match on `{{ recipe.data.sources("eval") | map(attribute="path") | join("`, `") }}` \

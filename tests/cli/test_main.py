@@ -29,7 +29,7 @@ OPTIONS = {
     "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
     "--group --layers --random --json",
     "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "
-    "--skip-bad --resume --device --trust-remote-code --json",
+    "--skip-bad --deterministic --resume --device --trust-remote-code --json",
     "merge": "base deltas --out --on-conflict --json",
     "verify": "base deltas --merged --on-conflict --json",
     "unmerge": "merged delta --out --base --json",
