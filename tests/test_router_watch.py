@@ -18,6 +18,7 @@ from esft.router_watch import RouterWatch
 from esft.selection import Selection
 from tests.families import small
 from tests.models import tiny
+from tests.models_of_ours import tiny_models as own_models
 from tests.router_passes import check_bias, check_passes, run, watch
 from tests.test_gates import deepseek_v4_model, moderate
 from tests.test_layouts import model_of
@@ -33,6 +34,8 @@ STYLES: dict[str, tuple[Callable[[], Any], str, bool]] = {
     ),
     "deepseek_v4": (deepseek_v4_model, "sqrt-softplus, first layers by token id", True),
     "code of a checkpoint": (lambda: model_of("listed"), "softmax, top-k", False),
+    "grok1": (lambda: own_models.tiny("grok1"), "softmax, top-k", False),
+    "openmoe": (lambda: own_models.tiny("openmoe"), "softmax, top-k", False),
 }
 CHECKPOINTED: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: tiny("qwen3_moe"),
@@ -165,3 +168,21 @@ def test_bfloat16_is_widened() -> None:
     assert seen.logits.dtype == torch.bfloat16
     assert seen.affinity.dtype == torch.float32
     assert seen.affinity.sum(-1).allclose(torch.ones(()), atol=1e-6)
+
+
+def test_a_layer_that_runs_several_times_is_seen_as_often() -> None:
+    """MoEUT runs its two layers twice; its attention has routers of its own."""
+    model, ids = own_models.tiny("moeut"), batches(1)[0]
+    layers = moe_layers(model)
+    passes = watch(model, ids)
+    uses = [sum(seen.layer.name == layer.name for seen in passes) for layer in layers]
+    repeats = model.config.num_hidden_layers // model.config.group_size
+    assert repeats > 1
+    assert set(uses) == {repeats}
+    for seen in passes:
+        score = seen.logits.sigmoid()
+        torch.testing.assert_close(seen.affinity, score / score.sum(-1, keepdim=True))
+        torch.testing.assert_close(score.gather(1, seen.index), seen.weight)
+    first, second = passes[:2]
+    assert first.layer.name == second.layer.name
+    assert not torch.equal(first.logits, second.logits)
