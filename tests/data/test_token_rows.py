@@ -1,12 +1,19 @@
 """Rows that are tokens already."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from esft.data.encode import encode_rows
 from esft.data.row import Row
+from esft.data.rows import read_rows
+from esft.data.sources import Source
 from esft.data.token_rows import tokenized_row
 from esft.errors import DataError
+from tests.models import tiny
+from tests.toy_tokenizers import byte_tokenizer
 
 IDS = [1, 5, 6, 7, 2]
 
@@ -75,3 +82,31 @@ def test_bad_tokens(keys: dict[str, Any], said: str) -> None:
     message = str(caught.value)
     assert message.startswith("f:1: ")
     assert said in message
+
+
+def test_rows_that_trl_prepared(tmp_path: Path) -> None:
+    """TRL's SFTTrainer tokenises and labels; its rows say the same as ours of the same pairs."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = byte_tokenizer(adds_bos=False)
+    pairs = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+3=", "completion": "6 "}]
+    trainer = SFTTrainer(
+        model=tiny("qwen3_moe", vocab_size=300),
+        args=SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    ours = encode_rows(read_rows(tmp_path / "pairs.jsonl"), tokenizer)
+    trainer.train_dataset.to_json(tmp_path / "trl.jsonl")
+    trainer.train_dataset.to_parquet(tmp_path / "trl.parquet")
+    for name in ("trl.jsonl", "trl.parquet"):
+        # They hold the pairs, too.
+        with pytest.raises(DataError, match=r"fits the formats prompt-completion .* and tokenized"):
+            read_rows(tmp_path / name)
+        rows = read_rows(Source(str(tmp_path / name), format="tokenized"))
+        theirs = encode_rows(rows, tokenizer)
+        assert [example.input_ids for example in theirs] == [example.input_ids for example in ours]
+        assert [example.labels() for example in theirs] == [example.labels() for example in ours]
+        assert [example.labels() for example in theirs] == trainer.train_dataset["labels"][:]
