@@ -40,6 +40,7 @@ from esft.recipe import make_recipe, read_recipe
 from esft.recipe_sections import CheckpointSpec, Recipe, SelectionSpec
 from esft.recomputation import recompute_layers
 from esft.report.card import run_card
+from esft.reporting import reporting
 from esft.resuming import explain_interruption, to_resume
 from esft.router_losses import RouterLosses, make_losses, silence_own_losses
 from esft.run_folder import (
@@ -106,7 +107,8 @@ def train(
                 saved = to_resume(out, recipe, reporter) if resume else None
                 if not resume:
                     refuse_existing(out, but_for={run_lock.LOCK})
-                return _Run(recipe, out, saved, interruption, reporter).train()
+                with reporting(recipe.training, out):
+                    return _Run(recipe, out, saved, interruption, reporter).train()
         except Interrupted as interrupted:
             explain_interruption(interrupted, out)
             reporter.note(str(interrupted))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import codecs
 import json
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -13,8 +16,33 @@ from rich.table import Table
 
 from esft.progress import ConsoleReporter, Reporter
 
+_result_stream: ContextVar[TextIO | None] = ContextVar("result_stream", default=None)
+
+
+@contextmanager
+def _stdout_for_the_result() -> Iterator[None]:
+    """Send to stderr what anything prints in the block, but for `print_json`."""
+    token = _result_stream.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _result_stream.reset(token)
+
+
+def _json(context: typer.Context, value: bool) -> bool:
+    if value:  # for the rest of the command: libraries print, too
+        context.with_resource(_stdout_for_the_result())
+    return value
+
+
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout; the rest goes to stderr.")
+    bool,
+    typer.Option(
+        "--json",
+        callback=_json,
+        help="Print one JSON object on stdout; the rest goes to stderr.",
+    ),
 ]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, a hub id, or tiny-moe.")
@@ -64,9 +92,10 @@ def console() -> Console:
 
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout; letters are escaped if its encoding may lack them."""
-    encoding = sys.stdout.encoding or "utf-8"  # a text buffer has none and takes every letter
+    stream = _result_stream.get() or sys.stdout
+    encoding = stream.encoding or "utf-8"  # a text buffer has none and takes every letter
     ascii_only = codecs.lookup(encoding).name != "utf-8"
-    print(json.dumps(value, ensure_ascii=ascii_only, allow_nan=False))
+    print(json.dumps(value, ensure_ascii=ascii_only, allow_nan=False), file=stream)
 
 
 def table(title: str, *columns: str) -> Table:
