@@ -1,1 +1,1 @@
-"""Task sets: rows from JSONL, tokens and masks, packing and sampling."""
+"""Task sets: rows from files and the hub, tokens and masks, packing and sampling."""

@@ -3,9 +3,7 @@
 import gzip
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from esft.data.rows import read_rows
 from esft.data.sources import Source, identity, is_local, read_source, read_sources
 from esft.errors import DataError
 from tests.command import python_process
+from tests.dataset_hub import NAME, served
 
 
 class Notes:
@@ -300,46 +299,42 @@ def test_a_split_or_configuration_that_is_not_there(repository: Path, choice: An
     assert "\n" not in str(caught.value)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Knows no data set, and one that needs permission."""
+READ = """
+import sys
+from esft.data.rows import read_rows
+from esft.data.sources import Source
+from esft.errors import DataError
 
-    def do_GET(self) -> None:
-        gated = "gated" in self.path
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+for name, split in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        print([(row.where, row.text) for row in read_rows(Source(name, split=split or None))])
+    except DataError as error:
+        print(error)
+"""
 
 
-def test_what_the_hub_refuses(tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "from esft.data.rows import read_rows\n"
-        "from esft.errors import DataError\n"
-        "for name in sys.argv[1:]:\n"
-        "    try: read_rows(name)\n"
-        "    except DataError as error: print(error)\n"
-    )
-    asked = ("someone/missing", "someone/gated")
-    offline = python_process("-c", code, asked[0], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def test_data_sets_of_the_hub(tmp_path: Path) -> None:
+    """Downloaded, found in the cache without network, or refused for what the hub says."""
+    asked = [NAME, "train", NAME, "", NAME, "dev", "someone/missing", "", "someone/gated", ""]
+    with served() as endpoint:
         online = python_process(
-            *("-c", code, *asked),
-            HF_HOME=str(tmp_path),
-            HF_HUB_OFFLINE="0",
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+            *("-c", READ, *asked), HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint
         )
-        server.shutdown()
-    assert offline.stdout.startswith(
-        "someone/missing: no such file or folder, and the hub cannot be reached and has no cached"
-    )
-    missing, gated = online.stdout.splitlines()
+    assert online.returncode == 0, online.stderr
+    rows, splits, no_split, missing, gated = online.stdout.splitlines()
+    assert rows == "[('owner/name:train[0]', 'a'), ('owner/name:train[1]', 'b')]"
+    assert splits.startswith("owner/name: has the splits train, test; say which, as in data.train:")
+    assert no_split.startswith('owner/name: cannot load this data set: Unknown split "dev"')
     assert missing.startswith("someone/missing: no such file or folder, and no such data set on")
     assert gated.startswith("someone/gated: the hub gives this data set only to those who accepted")
     assert "hf auth login" in gated
+    offline = python_process(
+        *("-c", READ, NAME, "train", "someone/missing", ""),
+        HF_HOME=str(tmp_path),
+        HF_HUB_OFFLINE="1",
+    )
+    cached, missing = offline.stdout.splitlines()
+    assert cached == rows
+    assert missing.startswith(
+        "someone/missing: no such file or folder, and the hub cannot be reached and has no cached"
+    )

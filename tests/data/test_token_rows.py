@@ -42,6 +42,7 @@ def test_all_tokens_unless_something_says_otherwise() -> None:
         ({"labels": [-100, 5, 6, 7, -100], "completion_mask": [0, 0, 1, 1, 1]}, [0, 0, 6, 7, 0]),
         ({"attention_mask": [1, 1, 1, 1, 1], "labels": None}, IDS),
         ({"attention_mask": [0, 0, 1, 1, 1]}, [6, 7, 2]),
+        ({"attention_mask": [0, 0, 1, 1, 1], "labels": [-100, -100, -100, 7, 2]}, [0, 7, 2]),
         ({"attention_mask": [1, 1, 1, 0, 0], "labels": [-100, 5, 6, -100, -100]}, [0, 5, 6]),
         ({"position_ids": [0, 1, 2, 3, 4], "seq_lengths": [5]}, IDS),
     ],
