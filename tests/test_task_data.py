@@ -121,6 +121,16 @@ def test_a_row_that_a_mixture_repeats_is_one_bad_row(tmp_path: Path) -> None:
     assert len(data.train_set) == 30
 
 
+def test_each_test_row_that_is_a_training_row_counts(tmp_path: Path) -> None:
+    same, other = {"text": "a"}, {"text": "b"}
+    train = write(tmp_path / "a.jsonl", same, same, {"text": "c"})
+    test = write(tmp_path / "b.jsonl", same, other, same, other)
+    notes = Notes()
+    prepared(notes, train=train, eval=test)
+    (said,) = (note for note in notes.notes if "data.eval" in note)
+    assert said.startswith("2 of 4 rows of data.eval are in data.train, too")
+
+
 def test_what_has_to_be_the_same_on_resume(tmp_path: Path) -> None:
     row = {"text": "a"}
     a, b = write(tmp_path / "a.jsonl", row), write(tmp_path / "b.jsonl", row, row)

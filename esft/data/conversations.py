@@ -96,7 +96,7 @@ def _turn(value: Any, name: str, where: str) -> Message:
     if value.get("function_call"):
         # Dropped, it would teach the model to answer nothing where it should call a function.
         raise DataError(f"{where}: {name} has `function_call`; write it as `tool_calls`")
-    calls = _tool_calls(value.get("tool_calls") or [], role, name, where)
+    calls = _tool_calls(value.get("tool_calls"), role, name, where)
     if "content" not in value and not calls:
         raise DataError(f"{where}: {name} has no `content`")
     content = value.get("content")
@@ -178,6 +178,8 @@ def _tools(value: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 
 def _tool_calls(value: Any, role: str, name: str, where: str) -> tuple[dict[str, Any], ...]:
+    if not value:
+        return ()
     calls = objects(value, f"`tool_calls` of {name}", where)
     if calls and role != "assistant":
         raise DataError(f"{where}: {name} has `tool_calls`, but its role is {role}")
