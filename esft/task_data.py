@@ -69,7 +69,7 @@ def prepare(data: DataSpec, tokenizer: Any, *, reporter: Reporter = SILENT) -> T
     eval_examples = _encoded(eval_rows, tokenizer, data, bad_rows, SILENT)
     _report_overlap(examples, eval_examples, reporter)
     if bad_rows.skipped:
-        reporter.note(f"{len(bad_rows.skipped):,} bad rows skipped (--skip-bad {data.skip_bad})")
+        reporter.note(f"{bad_rows.counted()} skipped (--skip-bad {data.skip_bad})")
         skipped = {row["where"] for row in bad_rows.skipped}
         rows = [row for row in rows if row.where not in skipped]
     # Padding is marked by position, never by id, so any id will do.

@@ -57,4 +57,4 @@ def report_skipped(bad_rows: BadRows, file: Path | None = None) -> None:
             reporter.note(f"skipped {row['where']}: {row['reason']}")
     else:
         bad_rows.write(file)
-        reporter.note(f"{len(bad_rows.skipped):,} bad rows skipped, listed in {file}")
+        reporter.note(f"{bad_rows.counted()} skipped, listed in {file}")

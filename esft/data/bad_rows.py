@@ -52,13 +52,17 @@ class BadRows:
         if placed["where"] in self._places:
             return
         if len(self.skipped) == self.limit:
-            rows = "1 bad row" if self.limit == 1 else f"{self.limit:,} bad rows"
             raise DataError(
-                f"{error} ({rows} skipped before this one, as many as --skip-bad {self.limit} "
-                f"allows)"
+                f"{error} ({self.counted()} skipped before this one, as many as --skip-bad "
+                f"{self.limit} allows)"
             ) from error
         self._places.add(placed["where"])
         self.skipped.append(placed.groupdict())
+
+    def counted(self, since: int = 0) -> str:
+        """Return `3 bad rows`, less the first `since` of those that were skipped."""
+        count = len(self.skipped) - since
+        return f"{count:,} bad row{'' if count == 1 else 's'}"
 
     def write(self, path: Path) -> None:
         """Write what was skipped as JSONL: `{"where": ..., "reason": ...}` a line.

@@ -148,8 +148,8 @@ def read_source(
             )
         raise DataError(f"{source.path}: no rows in it; {EXPECTED} in each")
     notes = [f"{read.format}", _counted(len(read.rows), "row"), *about]
-    if count := len(bad_rows.skipped) - skipped:
-        notes.append(f"{_counted(count, 'bad row')} skipped")
+    if len(bad_rows.skipped) > skipped:
+        notes.append(f"{bad_rows.counted(since=skipped)} skipped")
     reporter.note(f"{source.path}: {', '.join(notes)}")
     return read
 

@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from esft.data.formats import FORMATS, detect, make_row
 from esft.data.row import Message, Row
-from esft.errors import DataError
+from esft.errors import DataError, EsftError
 
 HI, YO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -179,3 +181,53 @@ def test_text() -> None:
 
 def test_values_that_json_does_not_have() -> None:
     assert refused({"text": b"a"}) == "`text` is of type bytes; expected a string"
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 5),
+    st.floats(),
+    st.sampled_from(
+        ["", "a", "user", "assistant", "human", "gpt", "function_call", "[1]", "\ud800"]
+    ),
+)
+# Objects that look like turns and calls, with anything in them.
+INNER = (
+    "role",
+    "content",
+    "from",
+    "value",
+    "weight",
+    "tool_calls",
+    "function",
+    "name",
+    "arguments",
+)
+OUTER = (*{key for row in ROWS.values() for key in row}, "tools", "system", "labels", "history")
+MASKS = ("completion_mask", "assistant_masks", "attention_mask", "position_ids", "seq_lengths")
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(INNER), inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, derandomize=True, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from((*OUTER, *MASKS)), ANYTHING, max_size=4),
+    st.sampled_from(FORMATS),
+    st.sampled_from([None, *FORMATS]),
+)
+def test_anything_is_a_row_or_named(value: dict[str, Any], base: str, named: Any) -> None:
+    try:
+        found = row(ROWS[base] | value, named)
+        assert (
+            found.messages or found.text or found.input_ids or (found.prompt and found.completion)
+        )
+        said = found.where
+    except EsftError as error:
+        said = str(error)
+    assert said.startswith("f:1")

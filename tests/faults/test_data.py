@@ -76,7 +76,7 @@ def check_named_and_skipped(path: Path, line: int, reason: str, good: list[bytes
     clean.write_bytes(b"".join(good))
     assert rows(data) == rows(prepared(clean))
     assert data.bad_rows.skipped == [{"where": where, "reason": said.removeprefix(f"{where}: ")}]
-    assert "1 bad rows skipped (--skip-bad 1)" in notes.notes
+    assert "1 bad row skipped (--skip-bad 1)" in notes.notes
 
     twice = path.with_name("twice.jsonl")
     twice.write_bytes(path.read_bytes().removesuffix(b"\n") + b"\n" + b"{}\n")
