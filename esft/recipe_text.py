@@ -16,6 +16,8 @@ from esft.errors import RecipeError
 Key = tuple[str, ...]  # ("training", "max_steps")
 
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_BOOL = "tag:yaml.org,2002:bool"
+_BOOLEANS = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOAT = "tag:yaml.org,2002:float"
 _INT = "tag:yaml.org,2002:int"
 _EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
@@ -142,18 +144,30 @@ def _parse(text: str) -> tuple[Node | None, Any]:
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Return PyYAML's rules for plain text, less dates, plus `1e-3`.
+    """Return PyYAML's rules for plain text, less dates, plus `1e-3`; `no` is text.
 
-    PyYAML speaks YAML 1.1, which reads `1e-3` as text; people, and YAML 1.2, mean a number. A date
-    is nothing that a recipe could use.
+    PyYAML speaks YAML 1.1, which reads `1e-3` as text and `no` as false; people, and YAML 1.2, mean
+    a number and, in `save_strategy: no`, a word. A date is nothing that a recipe could use.
     """
     rules = {
-        first: [(tag, pattern) for tag, pattern in known if tag != _TIMESTAMP]
+        first: [
+            (tag, _BOOLEANS if tag == _BOOL else pattern)
+            for tag, pattern in known
+            if tag != _TIMESTAMP
+        ]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for first in "-+.0123456789":
         rules.setdefault(first, []).append((_FLOAT, _EXPONENT))
     return rules
+
+
+def _others_too(
+    rules: dict[str, list[tuple[str, re.Pattern[str]]]],
+) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return rules for plain text together with PyYAML's own."""
+    known = yaml.SafeLoader.yaml_implicit_resolvers
+    return {first: [*rules[first], *known.get(first, [])] for first in rules}
 
 
 class _Loader(yaml.SafeLoader):
@@ -195,9 +209,9 @@ _Loader.add_constructor(_INT, _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around what `_Loader` would not read as text."""
+    """Puts quotes around what `_Loader`, or another reader, would not read as text."""
 
-    yaml_implicit_resolvers = _resolvers()
+    yaml_implicit_resolvers = _others_too(_resolvers())
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

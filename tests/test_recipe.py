@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from esft.errors import EsftError, RecipeError
 from esft.recipe import (
@@ -95,6 +96,16 @@ def test_numbers_with_an_exponent_are_numbers(folder: Path, text: str, value: fl
     assert read_recipe(path).training["learning_rate"] == value
     found = read_recipe(path, [f"training.learning_rate={text}"])
     assert found.training["learning_rate"] == value
+
+
+@pytest.mark.parametrize("word", ["no", "NO", "off"])
+def test_no_is_a_word(folder: Path, word: str) -> None:
+    """YAML 1.1 would make it false, which is no strategy."""
+    found = read_recipe(write(folder, FULL), [f"training.run_name={word}"])
+    assert found.training["run_name"] == word
+    assert read_recipe(write(folder, FULL), ["training.save_strategy=no"])
+    # A reader that speaks YAML 1.1 gets the same.
+    assert yaml.safe_load(found.to_yaml())["training"]["run_name"] == word
 
 
 def test_a_recipe_survives_being_written(folder: Path) -> None:
