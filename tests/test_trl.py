@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -17,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import esft
 from esft.errors import ModelError, RecipeError
@@ -25,6 +26,7 @@ from esft.experts import attach
 from esft.locating import TINY_MOE_FOLDER
 from esft.moe import trainable_parameters
 from esft.selection import Selection
+from tests.models import tiny
 
 # Among those that the dates go through most.
 PICKED = {1: [61, 31, 41], 2: [27], 4: [35, 5]}
@@ -284,6 +286,51 @@ def test_dpo_s_reference_is_the_base(precomputed: bool, tmp_path: Path) -> None:
     assert_descended(model, before, expected)
     work.save_model(tmp_path / "saved")
     assert_saved(tmp_path / "saved", tmp_path / "delta", tmp_path / "merged")
+
+
+def test_grpo_s_reference_is_the_base(tmp_path: Path) -> None:
+    model = attached()
+    before = trained(model)
+    work = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(text) % 5) for text in completions],
+        args=GRPOConfig(
+            str(tmp_path / "out"),
+            **OPTIONS | {"max_steps": 2, "beta": 0.1},
+            num_generations=ROWS,
+            max_completion_length=8,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in task("dates", ROWS)]),
+        processing_class=tokenizer(),
+        callbacks=[esft.SaveDelta(tmp_path / "delta")],
+    )
+    work.train()
+    first, second = work.state.log_history[:2]
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["kl"] > 1e-6  # what trained went away from what did not
+    assert any(not torch.equal(before[name], value) for name, value in trained(model).items())
+    work.save_model(tmp_path / "saved")
+    assert_saved(tmp_path / "saved", tmp_path / "delta", tmp_path / "merged")
+
+
+def test_a_balance_loss_on_a_frozen_router_is_warned_of(tmp_path: Path) -> None:
+    """TRL takes the coefficient from the model unless told, and adds the loss."""
+    model = attach(tiny("qwen3_moe", vocab_size=1024), Selection({0: [1]}))
+    model.save_pretrained(tmp_path / "base")
+    model.config._name_or_path = str(tmp_path / "base")
+    for factor, warned in ((None, True), (0.0, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work = SFTTrainer(
+                model,
+                SFTConfig(str(tmp_path), **OPTIONS, router_aux_loss_coef=factor),
+                train_dataset=Dataset.from_list(task("dates", 2)),
+                processing_class=tokenizer(),
+                callbacks=[esft.SaveDelta(tmp_path / "delta")],
+            )
+        assert work.aux_loss_enabled == warned
+        found = [str(w.message) for w in caught if "router_aux_loss_coef is" in str(w.message)]
+        assert len(found) == warned
 
 
 def test_a_reference_that_follows_the_model_is_refused(tmp_path: Path) -> None:
