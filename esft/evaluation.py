@@ -92,7 +92,7 @@ def evaluate(
     # First: a bad line shows at once, loading takes a while.
     rows = read_rows(data, bad_rows=bad_rows, reporter=reporter)[:max_rows]
     loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
-    examples = encode_rows(rows, tokenizer, bad_rows=bad_rows, reporter=reporter)
+    examples = encode_rows(rows, tokenizer, check_end=False, bad_rows=bad_rows, reporter=reporter)
     return evaluate_model(loaded, examples, batch_tokens=batch_tokens, reporter=reporter)
 
 

@@ -129,7 +129,7 @@ def mask(
         scores = Scores.read(scores)
     _check(moe_layers(load_skeleton(model)), scores, top)
     loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
-    examples = encode_rows(rows, tokenizer, reporter=reporter)
+    examples = encode_rows(rows, tokenizer, check_end=False, reporter=reporter)
     return mask_model(
         loaded,
         examples,

@@ -235,7 +235,7 @@ def sample_rows(
         if budget <= 0:
             break
         chunk = shuffled[start : start + _ROWS_ENCODED]
-        encoded = encode_rows(chunk, tokenizer, bad_rows=bad_rows)
+        encoded = encode_rows(chunk, tokenizer, check_end=False, bad_rows=bad_rows)
         budget -= sum(min(len(example.input_ids), seq_len) for example in encoded)
         examples += encoded
     return sample(examples, tokens, seed, seq_len=seq_len)

@@ -85,6 +85,7 @@ class DataSpec(_Strict):
     skip_bad: int = Field(default=0, ge=0)
     loss_on: Literal["completion", "assistant", "all"] = "completion"
     last_turn_only: bool = False
+    append_eos: bool = False
     max_length: int = Field(default=1024, gt=1, le=2**24)
     truncation: Literal["drop", "error", "keep_end", "split"] = "drop"
     packing: bool = True

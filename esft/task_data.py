@@ -139,6 +139,7 @@ def _encoded(
         tokenizer,
         loss_on=data.loss_on,
         last_turn_only=data.last_turn_only,
+        append_eos=data.append_eos,
         bad_rows=bad_rows,
         reporter=reporter,
     )

@@ -7,9 +7,9 @@ from itertools import groupby, islice
 from typing import Any
 
 from esft.data.bad_rows import STRICT, BadRows
-from esft.data.chat import Renderer
 from esft.data.example import IGNORED, Example, LossOn
 from esft.data.fitting import fit
+from esft.data.rendering import Renderer
 from esft.data.row import Row, RowFormat
 from esft.data.tokens import end_ids, eos_id, prompt_ids, token_ids
 from esft.data.turns import tokenise_chats
@@ -25,6 +25,8 @@ def encode_rows(
     *,
     loss_on: LossOn = "completion",
     last_turn_only: bool = False,
+    append_eos: bool = False,
+    check_end: bool = True,
     max_length: int | None = None,
     bad_rows: BadRows = STRICT,
     reporter: Reporter = SILENT,
@@ -44,6 +46,8 @@ def encode_rows(
             `Row.given`) is no answer; `assistant`: it is, and rows must be conversations;
             `all`: as `completion`, but see `Example.labels`.
         last_turn_only: only the assistant's last turn is an answer.
+        append_eos: conversations whose chat template writes no end token get EOS at their end.
+        check_end: refuse conversations of which no end token is learnt.
         max_length: drop rows whose answer ends beyond this many tokens; see `fit`.
         bad_rows: collects rows that cannot be used, if any may be skipped.
         reporter: told about rows that were dropped, and about what a chat template made necessary.
@@ -54,7 +58,13 @@ def encode_rows(
             or no row fits into `max_length`; the message names file and line.
         ModelError: the tokenizer has no end-of-sequence token.
     """
-    encoder = _Encoder(tokenizer, loss_on, last_turn_only)
+    encoder = _Encoder(
+        tokenizer,
+        loss_on,
+        last_turn_only=last_turn_only,
+        append_eos=append_eos,
+        check_end=check_end,
+    )
     examples: list[Example] = []
     watched = reporter if len(rows) > _CHUNK else SILENT
     with watched.task("tokenising", total=len(rows), unit="row") as task:
@@ -99,9 +109,9 @@ def _chunks(rows: Sequence[Row]) -> Iterator[tuple[RowFormat, list[Row]]]:
 class _Encoder:
     """Turns rows of any format into tokens, and remembers what there is to say about them."""
 
-    def __init__(self, tokenizer: Any, loss_on: LossOn, last_turn_only: bool) -> None:
+    def __init__(self, tokenizer: Any, loss_on: LossOn, **turns: bool) -> None:
         self._tokenizer = tokenizer
-        self._loss_on, self._last_turn_only = loss_on, last_turn_only
+        self._loss_on, self._turns = loss_on, turns
         self._renderer = Renderer(tokenizer)
         self._endless: list[str] = []  # rows of tokens that teach no end
 
@@ -201,7 +211,7 @@ class _Encoder:
                 ],
                 self._tokenizer,
                 given=self._loss_on == "assistant",
-                last_turn_only=self._last_turn_only,
+                **self._turns,
             )
         )
         return [

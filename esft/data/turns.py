@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import islice, pairwise
 from typing import Any
 
-from esft.data.chat import Rendering
+from esft.data.answers import Rendering
 from esft.data.example import Example
 from esft.data.row import Row
-from esft.data.tokens import end_ids, token_ids
+from esft.data.tokens import end_ids, eos_id, token_ids
 from esft.errors import DataError
 
 
@@ -19,6 +19,8 @@ def tokenise_chats(
     *,
     given: bool = False,
     last_turn_only: bool = False,
+    append_eos: bool = False,
+    check_end: bool = True,
 ) -> list[Example | DataError]:
     """Turn rendered conversations into tokens.
 
@@ -27,9 +29,15 @@ def tokenise_chats(
         tokenizer: that of the renderings.
         given: whether answers in the conversation's prompt are learnt, too; see `Row.given`.
         last_turn_only: whether only the last answer is learnt.
+        append_eos: whether EOS ends the last answer of a conversation in which the template ends
+            none.
+        check_end: whether a conversation of which no end is learnt is refused.
 
     Returns:
         For each, its tokens, or that no answer's end is learnt.
+
+    Raises:
+        ModelError: with `append_eos`, the tokenizer has no EOS.
     """
     # The template wrote the special tokens; the tokenizer must not add its own.
     wholes = token_ids([rendering.text for _, rendering in chats], tokenizer)
@@ -39,11 +47,18 @@ def tokenise_chats(
     ]
     prefixes = iter(token_ids(up_to, tokenizer))
     ends = end_ids(tokenizer)
+    eos = eos_id(tokenizer) if append_eos else None
     examples: list[Example | DataError] = []
     for (row, rendering), whole, at in zip(chats, wholes, cuts, strict=True):
         parts = _parts(rendering.text, at, whole, list(islice(prefixes, len(at))), tokenizer)
         learnt = _learnt(row, given=given, last_turn_only=last_turn_only)
-        examples.append(_example(row, rendering, parts, learnt, ends, tokenizer))
+        example, ended = _example(row, rendering, parts, learnt, ends, tokenizer)
+        if not ended and eos is not None and len(row.messages) - 1 in learnt:
+            example, ended = _with_end(example, eos), True
+        if ended or not check_end or not any(example.completion):
+            examples.append(example)
+        else:
+            examples.append(_endless(row, rendering))
     return examples
 
 
@@ -79,7 +94,8 @@ def _example(
     learnt: set[int],
     ends: set[int],
     tokenizer: Any,
-) -> Example | DataError:
+) -> tuple[Example, bool]:
+    """Join a conversation's parts; also tell whether the end of an answer is learnt."""
     ids: list[int] = []
     completion: list[bool] = []
     weights: list[float] = []
@@ -96,18 +112,33 @@ def _example(
         ids += part
         completion += [True] * answer + [False] * (len(part) - answer)
         weights += [weight] * len(part)
-    if any(completion) and not ended:
-        left_out = (
-            "the chat template's generation tags leave it out"
-            if rendering.marked
-            else "the chat template writes none"
-        )
-        return DataError(
-            f"{row.where}: no end-of-turn token among the answer's ({left_out}): the model would "
-            f"never learn to stop; mend the template, or use `prompt` and `completion`"
-        )
     uniform = all(weight == 1 for weight in weights)
-    return Example(ids, completion, row.where, None if uniform else weights)
+    return Example(ids, completion, row.where, None if uniform else weights), ended
+
+
+def _with_end(example: Example, eos: int) -> Example:
+    """Put EOS behind the last answer, as heavy as it."""
+    at = len(example.completion) - example.completion[::-1].index(True)
+    weights = example.weights
+    return Example(
+        [*example.input_ids[:at], eos, *example.input_ids[at:]],
+        [*example.completion[:at], True, *example.completion[at:]],
+        example.where,
+        None if weights is None else [*weights[:at], weights[at - 1], *weights[at:]],
+    )
+
+
+def _endless(row: Row, rendering: Rendering) -> DataError:
+    left_out = (
+        "the chat template's generation tags leave it out"
+        if rendering.marked
+        else "the chat template writes none"
+    )
+    return DataError(
+        f"{row.where}: EOS is never supervised: no end-of-turn token among the answer's "
+        f"({left_out}), so the model would not learn to stop; mend the template, or set "
+        f"data.append_eos: true"
+    )
 
 
 def _end(part: list[int], ends: set[int], tokenizer: Any) -> int | None:

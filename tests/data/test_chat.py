@@ -29,7 +29,9 @@ def chat(*messages: Message, where: str = "chats.jsonl:7", **more: Any) -> Row:
 def published(name: str, special: tuple[str, ...], end: str) -> Any:
     """A byte tokenizer with a published template, from TRL's copy of it."""
     template = (files("trl") / "chat_templates" / f"{name}.jinja").read_text()
-    return byte_tokenizer(special, bos=None, eos=end, pad=None, template=template)
+    return byte_tokenizer(
+        special, bos=special[0], eos=end, pad=None, template=template, adds_bos=False
+    )
 
 
 def qwen3(name: str = "qwen3") -> Any:
@@ -115,6 +117,81 @@ def test_gpt_oss_as_published_ends_its_answers() -> None:
     assert last.endswith("<|channel|>final<|message|>4<|return|>")
 
 
+def test_phi3_ends_a_conversation_once_more() -> None:
+    special = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+    tokenizer = published("phi3", special, "<|endoftext|>")
+    (example,) = encode_rows([chat(USER, ANSWER, MORE, LAST)], tokenizer)
+    assert learnt(example, tokenizer) == ["Yo<|end|>\n", "4<|end|>\n<|endoftext|>"]
+
+
+def test_deepseek_v3_as_published_calls_tools() -> None:
+    # Its own template joins the arguments, an object, to text.
+    tokenizer = published("deepseekv3", ("<B>", "<｜end▁of▁sentence｜>"), "<｜end▁of▁sentence｜>")
+    notes = Notes()
+    (example,) = encode_rows([CONVERSATIONS[2]], tokenizer, reporter=notes)
+    call, answer = learnt(example, tokenizer)
+    assert '{"a": 2}' in call
+    assert call.endswith("<｜end▁of▁sentence｜>")
+    assert answer == "4<｜end▁of▁sentence｜>"
+    assert "TRL's training template" in notes.notes[0]
+
+
+def test_a_template_that_knows_no_tool_calls_is_refused() -> None:
+    tokenizer = published("llama3", ("<|begin|>", "<|eot_id|>"), "<|eot_id|>")
+    (example,) = encode_rows([CONVERSATIONS[1]], tokenizer)
+    assert learnt(example, tokenizer) == ["Yo<|eot_id|>", "4<|eot_id|>"]
+    reason = r"^chats.jsonl:7: the chat template leaves the tool call of `messages\[1\]` out"
+    with pytest.raises(DataError, match=reason):
+        encode_rows([CONVERSATIONS[2]], tokenizer)
+
+
+def test_what_the_prompt_holds_is_not_learnt_though_tagged() -> None:
+    # The tag begins before the turn's header, as in TRL's template for gpt-oss.
+    header = "{{ '<|im_start|>' + m.role + '\\n' }}"
+    template = CHATML.template.replace("{% generation %}", "")
+    template = template.replace(
+        header + "{% if m.role == 'assistant' %}",
+        "{% if m.role == 'assistant' %}{% generation %}" + header,
+    ).replace("{% else %}", "{% else %}" + header)
+    tokenizer = with_template(template)
+    row = CONVERSATIONS[1]
+    (example,) = encode_rows([row], tokenizer)
+    assert learnt(example, tokenizer) == ["Yo<|im_end|>", "4<|im_end|>"]
+    assert sum(marks(example, row, tokenizer)) > sum(example.completion)
+
+
+@pytest.mark.parametrize("weights", [(None, None), (0.0, 0.5), (None, 0.0)])
+def test_glm_as_published_needs_an_end(weights: tuple[float | None, float | None]) -> None:
+    special = ("<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>")
+    tokenizer = published("glm4moe", special, "<|endoftext|>")
+    row = chat(
+        USER,
+        Message("assistant", "Yo", weight=weights[0]),
+        MORE,
+        Message("assistant", "4", weight=weights[1]),
+    )
+    reason = r"^chats.jsonl:7: EOS is never supervised: .*data.append_eos: true"
+    with pytest.raises(DataError, match=reason):
+        encode_rows([row], tokenizer)
+    (plain,) = encode_rows([row], tokenizer, check_end=False)
+    if weights[1] == 0:  # the end of an answer that is not learnt teaches nothing
+        with pytest.raises(DataError, match=reason):
+            encode_rows([row], tokenizer, append_eos=True)
+        return
+    (example,) = encode_rows([row], tokenizer, append_eos=True)
+    assert example.input_ids == [*plain.input_ids, tokenizer.eos_token_id]
+    assert learnt(example, tokenizer)[-1].endswith("4<|endoftext|>")
+    assert example.weights == (plain.weights and [*plain.weights, 0.5])
+
+
+def test_an_end_that_is_there_is_not_doubled() -> None:
+    tokenizer = CHATML.tokenizer(tags=False)
+    plain, ended = (
+        encode_rows([CONVERSATIONS[1]], tokenizer, append_eos=append) for append in (False, True)
+    )
+    assert plain == ended
+
+
 def test_a_template_of_ones_own_has_no_training_template() -> None:
     tokenizer = qwen3()
     tokenizer.chat_template += "{# mine #}"
@@ -144,12 +221,14 @@ NEVER_ENDS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% e
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        pytest.param(WITHOUT_END, "no end-of-turn token .*generation tags leave it out", id="end"),
+        pytest.param(
+            WITHOUT_END, "EOS is never supervised: .*generation tags leave it out", id="end"
+        ),
         pytest.param(AROUND_ALL, "generation tags mark text that is not the assist", id="all"),
-        pytest.param(ONLY_THE_LAST, "1 generation tags for 2 answers", id="tags missing"),
+        pytest.param(ONLY_THE_LAST, r"tags mark nothing of `messages\[1\]`", id="tags missing"),
         pytest.param(
             NEVER_ENDS + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-            "no end-of-turn token .*template writes none",
+            "EOS is never supervised: .*template writes none",
             id="no end",
         ),
     ],
