@@ -212,6 +212,6 @@ def _score_function(layer: MoeLayer) -> Callable[[Tensor], Tensor]:
         return own
     named = [getattr(router, name, None) for name in ("expert_selection_fn", "scoring_func")]
     steps = next((name for name in named if isinstance(name, str)), layer.scoring)
-    if "sigmoid" in steps and "softmax" not in steps:
+    if "sigmoid" in steps:
         return torch.sigmoid
     return partial(torch.softmax, dim=-1)
