@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from esft.changes import check_changes, trained_changes
 from esft.delta import attach_delta, read_delta, write_delta
 from esft.errors import DeltaError, ModelError, SelectionError
-from esft.experts import attach, attached_parts, detach
+from esft.experts import attach, attached_parts, detach, part_buffers
 from esft.exporting import export
 from esft.fingerprint import fingerprint
 from esft.merging import merge, verify
@@ -240,7 +240,20 @@ def test_what_corrects_the_choice_is_the_router_s(family: str, tmp_path: Path) -
     assert torch.equal(changes[name].to(before.dtype), before + 0.5)
 
 
-def test_gates_of_shared_experts_are_theirs(tmp_path: Path) -> None:
+def test_of_a_router_s_buffers_those_train_that_are_stored_numbers() -> None:
+    """Not a table of ids (DeepSeek-V4 routes by one), nor what is made at loading."""
+    model = small("deepseek_v3")
+    gate = model.model.layers[2].mlp.gate
+    gate.register_buffer("tid2eid", torch.zeros(64, 2, dtype=torch.int64))
+    gate.register_buffer("made", torch.zeros(EXPERTS), persistent=False)
+    assert part_buffers(model) == {}
+    attach(model, None, router=True)
+    assert list(part_buffers(model)) == [
+        f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)
+    ]
+
+
+def test_gates_of_shared_experts_are_theirs() -> None:
     model = attach(small("qwen2_moe"), None, shared_experts=True)
     trained = {re.sub(r"\.\d\.", ".N.", name) for name in trainable_parameters(model)}
     block = "model.layers.N.mlp.shared_expert"
