@@ -26,11 +26,11 @@ from esft.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from esft.loading import refuse_quantised
 from esft.locating import resolve
 from esft.moe import text_config, trainable_parameters
+from esft.secrets import redact
 from esft.shards import open_checkpoint
 
 DELTA = "delta"  # in a checkpoint's folder
 _SECRET = re.compile(r"(^|_)(token|secret|password|key|credentials?)$", re.IGNORECASE)
-_HUB_TOKEN = re.compile(r"\bhf_\w+")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _without_secrets(value: Any) -> Any:
         return {key: _without_secrets(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
         return [_without_secrets(item) for item in value]
-    return _HUB_TOKEN.sub("hf_...", value) if isinstance(value, str) else value
+    return redact(value) if isinstance(value, str) else value
 
 
 def _check_arguments(args: Any) -> None:

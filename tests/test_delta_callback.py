@@ -133,11 +133,11 @@ def test_the_delta_merges_to_the_trained_model(base: Path, tmp_path: Path) -> No
 
 
 def test_the_manifest_says_how_it_was_made(base: Path, tmp_path: Path) -> None:
-    options = {"hub_token": "hf_abcdefghijklmnop", "warmup_steps": 1, "learning_rate": 1e-2}
+    options = {"hub_token": "hf_abcdefghijklmnopqrst", "warmup_steps": 1, "learning_rate": 1e-2}
     work = trainer(base, tmp_path / "out", [SaveDelta(tmp_path / "delta")], max_steps=2, **options)
     work.train()
     text = (tmp_path / "delta" / "esft_config.json").read_text()
-    assert "hf_abcdefghijklmnop" not in text
+    assert "hf_abcdefghijklmnopqrst" not in text
     manifest = json.loads(text)
     assert manifest["method"] == "esft"
     assert manifest["base"]["name"] == str(base)
@@ -155,15 +155,15 @@ def test_no_secret_is_stated_at_any_depth(tmp_path: Path) -> None:
     arguments = TrainingArguments(
         str(tmp_path),
         use_cpu=True,
-        hub_token="hf_secretsecret",
-        run_name="by hf_secretsecret",
+        hub_token="hf_secretsecretsecret",
+        run_name="by hf_secretsecretsecret",
         optim_args="a=1",
         gradient_checkpointing_kwargs={"use_reentrant": False, "api_key": "secretsecret"},
         lr_scheduler_kwargs={"nested": [{"password": "secretsecret", "kept": 1}]},
     )
     stated = stated_arguments(arguments)
     assert "secretsecret" not in json.dumps(stated)
-    assert stated["run_name"] == "by hf_..."
+    assert stated["run_name"] == "by [hidden]"
     assert stated["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
     assert stated["lr_scheduler_kwargs"] == {"nested": [{"kept": 1}]}
 
