@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from esft.data.bad_rows import STRICT, BadRows
 from esft.data.encode import encode_rows
 from esft.data.example import Example
 from esft.data.rows import read_rows
+from esft.data.sources import Source
 from esft.errors import DataError, EsftError, ModelError, SelectionError
 from esft.evaluation import Evaluation, evaluate_model
 from esft.inference import load
@@ -81,7 +83,7 @@ class Masking:
 
 def mask(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Source,
     *,
     top: int,
     scores: Scores | str | Path | None = None,
@@ -93,13 +95,14 @@ def mask(
     dtype: str = "auto",
     batch_tokens: int = 4096,
     max_rows: int | None = None,
+    bad_rows: BadRows = STRICT,
     reporter: Reporter = SILENT,
 ) -> Masking:
     """Score a model on a test set without its best experts, and without random ones.
 
     Args:
         model: a checkpoint's folder, a hub id, or `tiny-moe`.
-        data: a JSONL file, see `esft.data.rows`; held out, if `scores` come from other rows.
+        data: a test set, see `esft.data.rows.read_rows`; held out, if `scores` come from others.
         top: how many experts of each layer are switched off.
         scores: which experts are the best; None scores them on `data` itself.
         metric: `token` or `gate`.
@@ -109,7 +112,8 @@ def mask(
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
         dtype: see `esft.loading.pick_dtype`.
         batch_tokens: see `esft.evaluation.evaluate_model`.
-        max_rows: score only the first rows of the file.
+        max_rows: score only the first rows of the set.
+        bad_rows: collects rows that cannot be used, if any may be skipped.
         reporter: shows progress.
 
     Raises:
@@ -124,12 +128,12 @@ def mask(
         raise DataError(f"--max-rows {max_rows}: expected at least 1")
     # Loading weights may take minutes: what can fail before it, fails before it.
     _check_options(metric, top, draws)
-    rows = read_rows(data)[:max_rows]
+    rows = read_rows(data, bad_rows=bad_rows, reporter=reporter)[:max_rows]
     if isinstance(scores, str | Path):
         scores = Scores.read(scores)
     _check(moe_layers(load_skeleton(model)), scores, top)
     loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
-    examples = encode_rows(rows, tokenizer, check_end=False, reporter=reporter)
+    examples = encode_rows(rows, tokenizer, check_end=False, bad_rows=bad_rows, reporter=reporter)
     return mask_model(
         loaded,
         examples,

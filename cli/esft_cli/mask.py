@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from esft_cli import output
+from esft_cli import data_options, output
 
 
 def mask(
     model: output.Model,
-    data: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Test set: JSONL, prompt/completion or messages."),
-    ],
+    data: data_options.Data,
     top: Annotated[
         int, typer.Option(metavar="N", help="How many experts of each layer to switch off.")
     ],
@@ -23,7 +20,7 @@ def mask(
         Path | None,
         typer.Option(
             metavar="scores.json",
-            show_default="scored on FILE itself",
+            show_default="scored on the task set itself",
             help="Which experts are the best: scores from esft profile, on other rows.",
         ),
     ] = None,
@@ -43,6 +40,10 @@ def mask(
     batch_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens at a time; fewer need less memory.")
     ] = 4096,
+    format_: data_options.Format = "auto",
+    split: data_options.Split = None,
+    config: data_options.Config = None,
+    skip_bad: data_options.SkipBad = 0,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
     trust_remote_code: output.TrustRemoteCode = False,
@@ -54,10 +55,12 @@ def mask(
     less others can stand in for them.
     """
     import esft
+    from esft.data.bad_rows import BadRows
 
+    bad_rows = BadRows(skip_bad)
     found = esft.mask(
         model,
-        data,
+        data_options.source(data, format_, split, config),
         top=top,
         scores=scores,
         metric=metric,
@@ -66,10 +69,12 @@ def mask(
         delta=delta,
         max_rows=max_rows,
         batch_tokens=batch_tokens,
+        bad_rows=bad_rows,
         device=device,
         dtype=dtype,
         reporter=output.reporter(),
     )
+    data_options.report_skipped(bad_rows)
     if json:
         output.print_json(found.to_dict())
         return

@@ -40,7 +40,7 @@ OPTIONS = {
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
     "--dtype --trust-remote-code --json",
     "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
-    "--device --dtype --trust-remote-code --json",
+    "--format --split --config --skip-bad --device --dtype --trust-remote-code --json",
     "data preview": "recipe --data --eval --rows --seed --stats --set --trust-remote-code --json",
     "scores import": "path --out --top-k --experts --json",
     "scores diff": "a b --metric --p --json",

@@ -101,7 +101,7 @@ def test_train_on_a_mixture_less_bad_rows(base: Path, tmp_path: Path) -> None:
     assert "data.train.2.weight: 1.0 then, 2.0 now" in result.stderr
 
 
-def test_profile_and_eval_go_on_without_bad_rows(base: Path, tmp_path: Path) -> None:
+def test_profile_eval_and_mask_go_on_without_bad_rows(base: Path, tmp_path: Path) -> None:
     data = lines(tmp_path / "a.jsonl", *pairs(4), "{}", {"prompt": "a", "completion": ""})
     clean = lines(tmp_path / "clean.jsonl", *pairs(4))
     scores, same = tmp_path / "new" / "scores.json", tmp_path / "same.json"
@@ -124,9 +124,9 @@ def test_profile_and_eval_go_on_without_bad_rows(base: Path, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     assert f"skipped {data}:5: found no keys" in result.stderr
     assert f"skipped {data}:6: a line without an answer" in result.stderr
-    assert esft_json("eval", base, "--data", data, "--skip-bad", 2) == esft_json(
-        "eval", base, "--data", clean
-    )
+    for command, *options in (["eval"], ["mask", "--top", 1, "--draws", 1]):
+        good = esft_json(command, base, "--data", clean, *options)
+        assert esft_json(command, base, "--data", data, *options, "--skip-bad", 2) == good
 
 
 def test_formats_and_splits_are_options(base: Path, tmp_path: Path) -> None:
