@@ -336,6 +336,16 @@ def test_the_official_format_holds_shared_experts_and_everything(
     assert config["experts"] == {"1": [0, 5], "2": [3]}
 
 
+def test_gates_of_shared_experts_are_theirs_in_the_official_format_too(tmp_path: Path) -> None:
+    small("qwen2_moe").save_pretrained(tmp_path / "base")
+    model = attach(load(tmp_path / "base"), Selection(experts={1: [0]}), shared_experts=True)
+    found = fingerprint(open_checkpoint(tmp_path / "base"))
+    (tmp_path / "delta").mkdir()
+    write_delta(tmp_path / "delta", found, trained_changes(model, found), {"method": "esft"})
+    config = official(tmp_path / "base", tmp_path / "delta", tmp_path / "out" / "adapter")
+    assert (config["shared_experts"], config["non_expert_modules"]) == (True, False)
+
+
 @pytest.mark.parametrize("part", ["non_expert_modules", "router"])
 def test_the_official_format_has_no_router_apart(
     part: str, bases: dict[str, Path], tmp_path: Path
