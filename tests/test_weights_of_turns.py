@@ -15,7 +15,6 @@ import esft
 from esft.errors import RecipeError
 from tests.chat_families import CHATML
 from tests.checkpoints import save_tiny
-from tests.data.test_fitting import Notes
 
 CHOSEN = {0: [1, 6], 2: [4]}
 # What each row's two answers weigh; None where the row does not say.
@@ -158,5 +157,5 @@ def test_weights_and_smoothed_labels_contradict_each_other(
 ) -> None:
     wanted = recipe(base, data, tmp_path, False, label_smoothing_factor=0.1)
     with pytest.raises(RecipeError, match=r"^training.label_smoothing_factor: .*have weights"):
-        esft.train(wanted, tmp_path / "run", reporter=Notes())
+        esft.train(wanted, tmp_path / "run")
     assert not (tmp_path / "run").exists()
