@@ -156,3 +156,51 @@ def test_what_has_to_be_the_same_on_resume(tmp_path: Path) -> None:
     for index, one in enumerate(different):
         assert all(one != other for other in different[index + 1 :])
     assert json.loads(json.dumps(different)) == different
+
+
+LONG = {"prompt": "a long prompt: ", "completion": "short"}
+
+
+@pytest.mark.parametrize(
+    ("truncation", "lengths"), [("drop", [4]), ("keep_end", [10, 4]), ("split", [4])]
+)
+def test_what_is_too_long_is_treated_as_asked_for_and_told(
+    tmp_path: Path, truncation: str, lengths: list[int]
+) -> None:
+    train = write(tmp_path / "train.jsonl", LONG, {"prompt": "a", "completion": "b"})
+    notes = Notes()
+    for packing in (False, True):
+        data = prepared(notes, train=train, max_length=10, truncation=truncation, packing=packing)
+        assert data.train_set.rows == len(lengths)
+        assert data.train_set.tokens == sum(lengths)
+        assert data.fitted.to_dict()["dropped"] == 2 - len(lengths)
+        assert len([note for note in notes.notes if "1 of 2 rows" in note]) == 1 + packing
+    with pytest.raises(DataError, match=r"train\.jsonl:1: 22 tokens do not fit"):
+        prepared(train=train, max_length=10, truncation="error")
+
+
+def test_turns_learnt_are_those_asked_for_also_of_test_rows(tmp_path: Path) -> None:
+    row = chat("user", "assistant", "user", "assistant")
+    pair = {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
+    train = write(tmp_path / "train.jsonl", pair)
+    for spec, turns in (
+        ({}, 1),
+        ({"loss_on": "assistant"}, 2),
+        ({"loss_on": "assistant", "last_turn_only": True}, 1),
+    ):
+        data = prepared(train=train, eval=train, **spec)
+        assert learnt(data, 0) == " assistant</s>" * turns
+        (example,) = data.eval_examples
+        assert example.labels() == data.train_set[0]["labels"]
+
+
+def test_an_end_that_the_template_lacks_is_put_there_where_asked_for(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
+    tokenizer = byte_tokenizer(
+        template=template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    train = write(tmp_path / "train.jsonl", chat("user", "assistant"))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: EOS is never supervised"):
+        prepare(DataSpec(train=train), tokenizer)
+    data = prepare(DataSpec(train=train, append_eos=True, packing=False), tokenizer)
+    assert learnt(data, 0) == "assistant </s>"
