@@ -177,9 +177,10 @@ def save(
     with new_folder(path, replace=True) as temporary:
         with explain_write_errors(path, needed=sum(t.nbytes for t in tensors.values())):
             save_file(tensors, temporary / TENSORS)
-        # Unlike other files of esft's this one may hold infinities: some schedulers begin with one.
+        # Unlike other files of esft's these may hold infinities: some schedulers begin with one,
+        # and under a gradient scaler a norm may be one.
         write_text(temporary / STATE, json.dumps(tree, indent=1) + "\n")
-        write_json(temporary / TRAINER, dict(trainer))
+        write_text(temporary / TRAINER, json.dumps(dict(trainer), indent=1) + "\n")
         files = {
             name: {
                 "bytes": (temporary / name).stat().st_size,

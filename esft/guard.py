@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from esft.checkpoint import SavedState
+from esft.data.packing import TrainSet
 from esft.errors import EsftError
 from esft.fingerprint import Fingerprint
 from esft.manifest import versions
@@ -24,18 +27,21 @@ _LINES = 20  # of a difference; a base has thousands of tensors
 _LIBRARIES = ("esft", "torch", "transformers")
 
 
-def guard(recipe: Recipe, base: Fingerprint, selection: Selection | None) -> dict[str, Any]:
+def guard(
+    recipe: Recipe, base: Fingerprint, selection: Selection | None, tokens: str
+) -> dict[str, Any]:
     """Describe a run by what decides its result, as nested JSON-ready mappings.
 
     Args:
         recipe: with every default filled in.
         base: of the checkpoint that training starts from.
         selection: the experts that train, if any are selected.
+        tokens: `tokens_digest` of what it trains on.
     """
     return {
         **recipe_identity(recipe),
         "base": base,
-        "data": data_identity(recipe.data),
+        "data": data_identity(recipe.data) | {"tokens": tokens},
         "selection": None if selection is None else _selected(selection),
     }
 
@@ -44,6 +50,20 @@ def _selected(selection: Selection) -> dict[str, Any]:
     written = selection.to_dict()
     flags = ("shared_experts", "non_expert_modules")
     return {**written["experts"], **{flag: written[flag] for flag in flags}}
+
+
+def tokens_digest(train_set: TrainSet) -> str:
+    """Return the hex sha256 of what a run trains on, item by item.
+
+    It changes with the rows, and with all that makes tokens of them: tokenizer, chat template,
+    the recipe's options, this program.
+    """
+    found = hashlib.sha256()
+    for item in (train_set[index] for index in range(len(train_set))):
+        for key in sorted(item):
+            values = array("d" if key == "loss_weights" else "q", item[key])
+            found.update(f"{key} {len(values)} ".encode() + values.tobytes())
+    return found.hexdigest()
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from esft.errors import EsftError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
-from esft.guard import check_same, environment, guard
+from esft.guard import check_same, environment, guard, tokens_digest
 from esft.inference import check_vocabulary
 from esft.interruption import Interrupted, Interruption, interruptible
 from esft.labelled import check_weighing
@@ -137,6 +137,7 @@ class _Run:
         self.selection = self._given_selection()
         self.tokenizer = load_tokenizer(self.folder)
         self.data = prepare(recipe.data, self.tokenizer, reporter=reporter)
+        self.tokens = tokens_digest(self.data.train_set)
         # Read before training: should the base change or vanish meanwhile, nothing is lost.
         self.base = fingerprint(base)
         self.tokenizer_digest = tokenizer_digest(self.folder)
@@ -319,7 +320,7 @@ class _Run:
         return DriftMeter(prepared, sample, count=spec.count, before=known, reporter=self.reporter)
 
     def _guard(self) -> dict[str, Any]:
-        return guard(self.recipe, self.base, self.selection)
+        return guard(self.recipe, self.base, self.selection, self.tokens)
 
     def _environment(self) -> dict[str, Any]:
         return environment(self.arguments.device)

@@ -20,10 +20,16 @@ import esft
 from esft.errors import CheckError, EsftError
 from tests.checkpoints import save_tiny
 from tests.command import ROOT, esft_process
-from tests.killed_training import MOMENTS
+from tests.resumed_runs import (
+    STEPS,
+    cut_back,
+    delta_bytes,
+    files_of,
+    logged,
+    recipe,
+    write_rows,
+)
 
-STEPS, ROWS = 10, 14  # with batches of 2: 7 an epoch
-KILLED = Path(__file__).parent / "killed_training.py"
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("", "cli", "kernels"))
 
 
@@ -34,93 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"{n}:", "completion": "abcdefgh"[: 1 + n * 5 % 8]} for n in range(ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def recipe(base: Path, train: Path, **changes: Any) -> dict[str, Any]:
-    """A run that draws random numbers while it trains, with a rate that depends on the step."""
-    sections = {"method", "selection", "param_dtype", "model", "checkpoints"}
-    return {
-        "model": str(base),
-        "data": {"train": str(train), "max_length": 16, "packing": False} | changes.pop("data", {}),
-        **{key: changes.pop(key) for key in list(changes) if key in sections},
-        "training": {
-            "max_steps": STEPS,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 2,
-            "per_device_train_batch_size": 2,
-            "neftune_noise_alpha": 1.0,
-            "logging_steps": 1,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "seed": 0,
-        }
-        | changes,
-    }
-
-
-def delta_bytes(run: Path) -> bytes:
-    return next((run / "delta").glob("*.safetensors")).read_bytes()
-
-
-def logged(run: Path) -> list[Any]:
-    """What was logged, less what depends on the clock and the machine."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    changing = {"seconds", "peak_memory"}
-    return [
-        {key: value for key, value in line.items() if key not in changing}
-        for line in lines
-        if "train_runtime" not in line
-    ]
-
-
-def cut_back(run: Path, step: int) -> None:
-    """Leave of a complete run what one killed after the checkpoint of `step` leaves."""
-    shutil.rmtree(run / "delta")
-    (run / "README.md").unlink()
-    for folder in (run / "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(base: Path, data: Path, tmp_path: Path) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(json.dumps(recipe(base, data, gradient_accumulation_steps=2)))
-    result = subprocess.run(
-        [sys.executable, str(KILLED), str(file), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    whole = found.pop("never")
-    assert whole["delta"]
-    assert whole["logged"] == list(range(1, STEPS + 1))
-    assert found.keys() == MOMENTS.keys()
-    resumed = 0
-    for moment, ended in found.items():
-        assert ended["signal"] == signal.SIGKILL, moment
-        assert ended["left"]["delta"] is None, moment
-        if any(name.startswith("step-") for name in ended["left"]["checkpoints"]):
-            resumed += 1
-            # The last two, and no trace of one that was being written.
-            assert ended["checkpoints"] == ["step-000008", "step-000010"], moment
-            assert ended["logged"] == whole["logged"], moment
-            assert ended["delta"] == whole["delta"], moment
-    assert resumed >= 9
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.mark.slow
