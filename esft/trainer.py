@@ -14,7 +14,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from esft.checkpoint import SavedState, best
 from esft.checkpointing import Checkpoints, stopped_early
-from esft.data.batching import LengthGrouped
 from esft.data.numbered import ITEMS, Numbered
 from esft.data.packing import TrainSet
 from esft.divergence import FiniteSteps, diverged
@@ -101,7 +100,6 @@ class EsftTrainer(Trainer):
         self.interruption = interruption
         self.checkpoints, self.metrics = checkpoints, metrics
         self.tokens_seen = 0
-        self._lengths = train_set.lengths
         self._finite = FiniteSteps(train_set.where, diverged)
         self._began = time.monotonic()
         self._progress = Progress(self, reporter)
@@ -237,14 +235,6 @@ class EsftTrainer(Trainer):
         if any("loss_weights" in batch for batch in batch_samples):
             return total_weight(batch_samples).to(device)
         return super()._get_num_items_in_batch(batch_samples, device)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Trainer's hook; its own sampler would start an epoch anew with each resumption."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        at_once = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped(self._lengths, at_once, seed)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Score the model on the test rows and log the result."""

@@ -1,4 +1,4 @@
-"""Rows of unequal length to batches with little padding."""
+"""Rows of unequal length to padded batches, where order does not matter: profiling, scoring."""
 
 from __future__ import annotations
 
@@ -6,42 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
-
-
-class LengthGrouped(Sampler[int]):
-    """An order for training in which rows of like length are neighbours, other in each epoch.
-
-    Rows are shuffled, then sorted within groups of many batches, the longest first; transformers'
-    `train_sampling_strategy: group_by_length`. There, the order comes from torch's global random
-    state, which a resumed run meets later in the epoch; here, from seed and epoch.
-
-    Args:
-        lengths: of the rows, in tokens.
-        at_once: rows of an optimizer step.
-        seed: of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], at_once: int, seed: int) -> None:
-        self._lengths, self._at_once, self._seed = list(lengths), at_once, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, from 0."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        from transformers.trainer_pt_utils import get_length_grouped_indices
-
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        yield from get_length_grouped_indices(self._lengths, self._at_once, generator=generator)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Group rows where order does not matter, the longest first: lack of memory shows at once.
+    """Group rows of like length, the longest first: lack of memory shows at once.
 
     Args:
         lengths: of each row, in tokens.
