@@ -7,11 +7,12 @@ STAMP  := $(VENV)/.ready
 # Two busy processes whose OpenMP threads spin are tens of times slower than one thread each.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint format constraints clean
+.PHONY: help setup demo test faults lint format constraints clean
 
 help:
 	@echo "make demo    specialise the tiny MoE that ships with esft (about three minutes)"
 	@echo "make test    run the tests"
+	@echo "make faults  run the whole fault matrix, of which make test runs a part"
 	@echo "make setup   prepare .venv only      make lint    ruff and mypy"
 
 setup: $(STAMP)
@@ -34,6 +35,9 @@ demo: setup
 # One thread a test process: see OMP_WAIT_POLICY above.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+faults: setup
+	ESFT_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .
