@@ -11,7 +11,7 @@ from esft.data.readers import Found, without_nulls
 from esft.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # type: ignore[import-untyped]
+    from datasets import Dataset
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -50,7 +50,7 @@ def read_hub(name: str, config: str | None, split: str | None) -> Found:
 
 def _load(name: str, config: str | None, split: str | None) -> Dataset | dict[str, Dataset]:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         with _without_progress_bars():

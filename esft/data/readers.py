@@ -223,7 +223,7 @@ def _record(names: list[str], fields: list[str], where: str) -> dict[str, Any]:
 
 
 def _parquet(path: Path, bad_rows: BadRows) -> Found:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     try:
