@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 from esft.data.answers import Rendering
@@ -39,18 +39,22 @@ def tokenise_chats(
     Raises:
         ModelError: with `append_eos`, the tokenizer has no EOS.
     """
-    # The template wrote the special tokens; the tokenizer must not add its own.
-    wholes = token_ids([rendering.text for _, rendering in chats], tokenizer)
     cuts = [_cuts(rendering) for _, rendering in chats]
-    up_to = [
-        rendering.text[:cut] for (_, rendering), at in zip(chats, cuts, strict=True) for cut in at
+    # The whole and what is before each cut; a text that occurs twice (an answer often ends where
+    # the whole does) is tokenised once.
+    texts = [
+        [rendering.text[:cut] for cut in (*at, len(rendering.text))]
+        for (_, rendering), at in zip(chats, cuts, strict=True)
     ]
-    prefixes = iter(token_ids(up_to, tokenizer))
+    distinct = list(dict.fromkeys(text for group in texts for text in group))
+    # The template wrote the special tokens; the tokenizer must not add its own.
+    ids = dict(zip(distinct, token_ids(distinct, tokenizer), strict=True))
     ends = end_ids(tokenizer)
     eos = eos_id(tokenizer) if append_eos else None
     examples: list[Example | DataError] = []
-    for (row, rendering), whole, at in zip(chats, wholes, cuts, strict=True):
-        parts = _parts(rendering.text, at, whole, list(islice(prefixes, len(at))), tokenizer)
+    for (row, rendering), at, group in zip(chats, cuts, texts, strict=True):
+        *prefixes, whole = (ids[text] for text in group)
+        parts = _parts(rendering.text, at, whole, prefixes, tokenizer)
         learnt = _learnt(row, given=given, last_turn_only=last_turn_only)
         example, ended = _example(row, rendering, parts, learnt, ends, tokenizer)
         if not ended and eos is not None and len(row.messages) - 1 in learnt:
