@@ -6,6 +6,7 @@ that gradient checkpointing, which runs layers again without them, finds the sam
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -165,23 +166,25 @@ def _logits_in(layer: MoeLayer, output: Any) -> Tensor | None:
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
             continue
-        C, E = tensor.shape[-1], layer.num_experts
-        if C == E or (layer.layout.others and C > E):
+        if _is_for_classes(layer, tensor.shape[-1]):
             return tensor
     return None
 
 
+def _is_for_classes(layer: MoeLayer, size: int) -> bool:
+    """Whether a tensor of this size has one entry for each class that a router tells apart."""
+    return size == layer.num_experts or (layer.layout.others and size > layer.num_experts)
+
+
 def _logits_anew(layer: MoeLayer, x: Tensor | None) -> Tensor:
     """Compute logits from a router's input, where the router returns its choices only."""
-    parameters: dict[str, Tensor] = dict(layer.router.named_parameters())  # type: ignore[union-attr]
-    weight, bias = parameters.pop("weight", None), parameters.pop("bias", None)
-    if (
-        parameters
-        or x is None
-        or weight is None
-        or weight.dim() != 2
-        or len(weight) != layer.num_experts
-    ):
+    router: Any = layer.router
+    names = {name.rpartition(".")[2]: name for name, _ in router.named_parameters()}
+    # Read as the router reads them: what trains may be kept in another dtype.
+    found = {own: operator.attrgetter(name)(router) for own, name in names.items()}
+    weight, bias = found.pop("weight", None), found.pop("bias", None)
+    linear = weight is not None and weight.dim() == 2 and _is_for_classes(layer, len(weight))
+    if x is None or found or not linear:
         raise ModelError(
             f"{layer.name}: its router returns no logits for its {layer.num_experts} experts, and "
             f"they cannot be computed from its weights; set the recipe's losses to 0"
@@ -193,10 +196,13 @@ def _logits_anew(layer: MoeLayer, x: Tensor | None) -> Tensor:
 def _check_anew(layer: MoeLayer, affinity_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
     """Make sure that affinities computed anew are those behind the router's weights."""
     with torch.no_grad():
-        expected_TK, given_TK = affinity_TE.gather(1, index_TK), weight_TK.to(affinity_TE.dtype)
-        expected_TK = expected_TK / expected_TK.sum(dim=-1, keepdim=True)
-        given_TK = given_TK / given_TK.sum(dim=-1, keepdim=True)
-        off = (expected_TK - given_TK).abs().amax()
+        real_TK = (index_TK >= 0) & (index_TK < layer.num_experts)
+        expected_TK = affinity_TE.gather(1, index_TK.where(real_TK, 0))
+        shares = []
+        for x_TK in (expected_TK, weight_TK.to(affinity_TE.dtype)):
+            x_TK = x_TK * real_TK
+            shares.append(x_TK / x_TK.sum(dim=-1, keepdim=True).clamp(min=1e-9))
+        off = (shares[0] - shares[1]).abs().amax()
     if not off <= _TOLERANCE:
         raise ModelError(
             f"{layer.name}: its router returns no logits, and does not weigh by the softmax or "
