@@ -105,6 +105,21 @@ class RouterLosses(TrainerCallback, ExportableState):
             self._bias.step()
 
 
+def check_losses(spec: LossSpec | None, layers: Sequence[MoeLayer], family: str) -> None:
+    """Check losses against a model's configuration, before its weights are loaded.
+
+    Args:
+        spec: the recipe's section.
+        layers: of the model, which may be on the meta device.
+        family: the model's type, for messages.
+
+    Raises:
+        ModelError, RecipeError: as `RouterLosses`.
+    """
+    if spec is not None and spec.acts:
+        RouterLosses(spec, layers, family)
+
+
 def make_losses(
     spec: LossSpec | None, layers: Sequence[MoeLayer], family: str, reporter: Reporter = SILENT
 ) -> RouterLosses | None:

@@ -42,7 +42,7 @@ from esft.recomputation import recompute_layers
 from esft.report.card import run_card
 from esft.reporting import reporting
 from esft.resuming import explain_interruption, to_resume
-from esft.router_losses import RouterLosses, make_losses, silence_own_losses
+from esft.router_losses import RouterLosses, check_losses, make_losses, silence_own_losses
 from esft.run_folder import (
     BAD_ROWS,
     CARD,
@@ -133,6 +133,7 @@ class _Run:
         self.folder = resolve(recipe.model)
         self.anatomy = inspect(self.folder)
         refuse_quantised(self.folder)
+        check_losses(recipe.losses, self.anatomy.layers, self.anatomy.model_type)
         base = open_checkpoint(self.folder)
         self.selection = self._given_selection()
         self.tokenizer = load_tokenizer(self.folder)

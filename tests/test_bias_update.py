@@ -160,3 +160,9 @@ def test_the_bias_update_is_refused_where_it_cannot_be(
     with pytest.raises(ModelError, match="qwen3_moe: the routers of this family have no bias"):
         esft.train(made, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+    # Told by the configuration alone.
+    shutil.copytree(base, tmp_path / "unloadable", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "unloadable" / "model.safetensors").write_bytes(b"no weights")
+    made = wanted(tmp_path / "unloadable", data, {"bias_update": 1e-3}, method="full")
+    with pytest.raises(ModelError, match="have no bias"):
+        esft.train(made, tmp_path / "again")
