@@ -453,7 +453,10 @@ def dense(folder: Path) -> Path:
         ),
         ({"training": {"optim": "lomo"}}, "^training.optim: lomo is not among"),
         ({"training": {"lr_scheduler_type": "none"}}, "^training: "),
-        ({"training": {"report_to": "none_such"}}, "^training: "),
+        (
+            {"training": {"report_to": "none_such"}},
+            "^training.report_to: none_such: not a reporter",
+        ),
         ({"device": "cuda:77"}, "cuda:77: not usable here"),
     ],
 )
