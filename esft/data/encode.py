@@ -8,7 +8,6 @@ from typing import Any
 
 from esft.data.bad_rows import STRICT, BadRows
 from esft.data.example import IGNORED, Example, LossOn
-from esft.data.fitting import fit
 from esft.data.rendering import Renderer
 from esft.data.row import Row, RowFormat
 from esft.data.tokens import end_ids, eos_id, prompt_ids, token_ids
@@ -27,7 +26,6 @@ def encode_rows(
     last_turn_only: bool = False,
     append_eos: bool = False,
     check_end: bool = True,
-    max_length: int | None = None,
     bad_rows: BadRows = STRICT,
     reporter: Reporter = SILENT,
 ) -> list[Example]:
@@ -48,14 +46,13 @@ def encode_rows(
         last_turn_only: only the assistant's last turn is an answer.
         append_eos: conversations whose chat template writes no end token get EOS at their end.
         check_end: refuse conversations of which no end token is learnt.
-        max_length: drop rows whose answer ends beyond this many tokens; see `fit`.
         bad_rows: collects rows that cannot be used, if any may be skipped.
-        reporter: told about rows that were dropped, and about what a chat template made necessary.
+        reporter: told what the chat template made necessary.
 
     Raises:
         DataError: a row has nothing to learn, or does not teach where an answer ends, or the chat
-            template cannot render it, or renders an answer otherwise than it would prompt for it,
-            or no row fits into `max_length`; the message names file and line.
+            template cannot render it, or renders an answer otherwise than it would prompt for it;
+            the message names file and line.
         ModelError: the tokenizer has no end-of-sequence token.
     """
     encoder = _Encoder(
@@ -79,9 +76,7 @@ def encode_rows(
             task.advance(len(chunk), tokens=sum(len(example.input_ids) for example in encoded))
     for note in encoder.notes():
         reporter.note(note)
-    if max_length is None:
-        return examples
-    return fit(examples, max_length, reporter=reporter).examples
+    return examples
 
 
 def encode_prompt(prompt: str, tokenizer: Any, *, chat: bool = False) -> list[int]:

@@ -393,9 +393,3 @@ def test_rows_that_cannot_be_used_are_skipped_up_to_a_limit() -> None:
     assert "roles must alternate" in bad.skipped[1]["reason"]
     with pytest.raises(DataError, match=r"^task.jsonl:7: .*1 bad row skipped before"):
         encode_rows(rows, mistral(), bad_rows=BadRows(1))
-
-
-def test_encode_rows_applies_max_length() -> None:
-    rows = [Row("f:1", prompt="a" * 9, completion="b"), Row("f:2", prompt="a", completion="b")]
-    (kept,) = encode_rows(rows, byte_tokenizer(), max_length=8)
-    assert kept.where == "f:2"
