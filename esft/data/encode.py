@@ -134,8 +134,8 @@ class _Encoder:
         if rows := self._renderer.replaced:
             said.append(
                 f"{_first(rows)}: the tokenizer's chat template renders earlier answers otherwise "
-                f"once turns follow, or begins answers otherwise than it prompts for them; TRL's "
-                f"training template is used instead: every answer keeps its reasoning (an empty "
+                f"once turns follow, begins answers otherwise than it prompts for them, or cannot "
+                f"write tool calls; TRL's training template is used instead: every answer keeps its reasoning (an empty "
                 f"block where it has none), which the tokenizer's own template leaves out of later "
                 f"prompts"
             )

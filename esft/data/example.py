@@ -50,7 +50,8 @@ class Example:
             ]
         # Nothing before it predicts a document's first token; in a packed block, that would be the
         # last token of the document before.
-        labels[0] = IGNORED
+        if labels:
+            labels[0] = IGNORED
         return labels
 
     def without(self, start: int, stop: int) -> Example:

@@ -393,3 +393,9 @@ def test_rows_that_cannot_be_used_are_skipped_up_to_a_limit() -> None:
     assert "roles must alternate" in bad.skipped[1]["reason"]
     with pytest.raises(DataError, match=r"^task.jsonl:7: .*1 bad row skipped before"):
         encode_rows(rows, mistral(), bad_rows=BadRows(1))
+
+
+def test_a_row_that_makes_no_token_at_all() -> None:
+    row = Row("f:1", prompt="", completion="")
+    with pytest.raises(DataError, match=r"^f:1: the answer has no tokens to learn from$"):
+        encode_rows([row], byte_tokenizer(adds_bos=False))
