@@ -8,16 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.errors import CheckError, EsftError
+from esft import checkpoint
+from esft.checkpointing import load_tensors
+from esft.errors import CheckError, EsftError, RecipeError
+from esft.progress import SilentReporter
+from esft.recipe import make_recipe
 from tests.checkpoints import save_tiny
 from tests.command import ROOT, esft_process
 from tests.resumed_runs import (
@@ -84,6 +90,27 @@ def test_the_command_killed_and_resumed(base: Path, data: Path, tmp_path: Path) 
         ({"optim": "sgd", "optim_args": "momentum=0.9"}, 6),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 6),
         ({"save_strategy": "epoch"}, 7),
+        # A rate that the score at the epoch's end decides, which falls on a step that is saved.
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5},
+                "metric_for_best_model": "loss",
+                "greater_is_better": True,  # so that every score is a worse one
+                "eval_strategy": "epoch",
+                "eval_on_start": True,
+                "save_steps": 7,
+            },
+            7,
+        ),
+        # What was summed up since the last line of the log is not lost.
+        ({"logging_steps": 3}, 4),
+        # Another order of the rows; rows read by another process.
+        ({"train_sampling_strategy": "group_by_length"}, 4),
+        ({"train_sampling_strategy": "group_by_length"}, 8),
+        ({"dataloader_num_workers": 1}, 8),
+        # fp32 state of bf16 parameters, which torch would round when it is loaded.
+        ({"param_dtype": "bfloat16", "optim": "adafactor"}, 6),
     ],
 )
 def test_resumed_from_any_step(
@@ -243,3 +270,117 @@ def test_there_must_be_something_to_resume(base: Path, data: Path, tmp_path: Pat
     esft.train(recipe(base, data, max_steps=1, save_strategy="no"), run)
     with pytest.raises(EsftError, match="this run is complete"):
         esft.train(recipe(base, data), run, resume=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    complete: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "delta")
+    flip(run / "checkpoints" / "step-000010" / "state.safetensors")
+    text = (tmp_path / "recipe.json").read_text().replace(str(complete), str(tmp_path))
+    told = Told()
+    esft.train(json.loads(text), run, resume=True, reporter=told)
+    assert any(
+        "step-000010/state.safetensors: damaged" in note and "going on from step 8" in note
+        for note in told.notes
+    )
+    assert delta_bytes(run) == delta_bytes(complete / "run")
+    assert [saved.step for saved in checkpoint.complete(run / "checkpoints")] == [8, 10]
+    checkpoint.SavedState(run / "checkpoints" / "step-000010").check()
+
+
+class Told(SilentReporter):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_one_of_the_first_format_is_refused(interrupted: tuple[Path, dict[str, Any]]) -> None:
+    run, wanted = interrupted
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+        (folder / "state.json").write_text('{"format": "esft-checkpoint/1", "step": 8}')
+    with pytest.raises(CheckError, match="of format esft-checkpoint/1, which cannot be resumed"):
+        esft.train(wanted, run, resume=True)
+
+
+def test_other_threads_are_refused_on_a_cpu(interrupted: tuple[Path, dict[str, Any]]) -> None:
+    run, wanted = interrupted
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(EsftError, match=f"set OMP_NUM_THREADS={threads}$"):
+            esft.train(wanted, run, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_last_and_the_best_are_kept(base: Path, data: Path, tmp_path: Path) -> None:
+    """Whatever the scores are, by a rate that makes them rise and fall."""
+    wanted = recipe(
+        base,
+        data,
+        data={"eval": str(data)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        learning_rate=0.3,
+        checkpoints={"keep_last": 1, "keep_best": 2},
+    )
+    esft.train(wanted, tmp_path / "run")
+    lines = [line for line in logged(tmp_path / "run") if "eval_loss" in line]
+    scores = {line["step"]: line["eval_loss"] for line in lines}
+    assert len(scores) == STEPS
+    best = sorted(scores, key=lambda step: scores[step])
+    folder = tmp_path / "run" / "checkpoints"
+    kept = checkpoint.complete(folder)
+    assert {saved.step for saved in kept} == {*best[:2], STEPS}
+    assert [saved.metrics["eval_loss"] for saved in kept] == [scores[s.step] for s in kept]
+    for metric in ("loss", "eval_loss"):
+        found = checkpoint.best(folder, metric)
+        assert found is not None
+        assert found.step == best[0]
+    assert checkpoint.best(folder, "accuracy") is None
+
+
+def test_best_needs_scores(base: Path, data: Path) -> None:
+    wanted = recipe(base, data, checkpoints={"keep_best": 1})
+    with pytest.raises(RecipeError, match=r"checkpoints\.keep_best: needs .*eval_strategy"):
+        make_recipe(wanted)
+    with pytest.raises(RecipeError, match=r"set checkpoints\.keep_last instead"):
+        make_recipe(recipe(base, data, save_total_limit=3))
+
+
+def test_training_in_another_thread(base: Path, data: Path, tmp_path: Path) -> None:
+    """Where Python can install no handlers."""
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(esft.train(recipe(base, data, max_steps=1), tmp_path / "run"))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].steps == 1
+
+
+def test_what_is_restored_must_be_what_was_saved(tmp_path: Path) -> None:
+    """As when a library casts, shuffles or keeps its initial values while it loads."""
+    weights = {"a": torch.tensor([0.1, 0.2]), "b": torch.ones(3)}
+    nothing: dict[str, Any] = {"trainer": {}, "guard": {}, "environment": {}}
+    saved = checkpoint.save(tmp_path, step=1, state={"parameter": weights}, **nothing)
+    into = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    load_tensors(into, saved, "parameter")
+    assert torch.equal(into["a"], weights["a"])
+    for wrong in (
+        {"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(3)},
+        {"a": torch.zeros(2)},
+        {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)},
+        {"a": torch.zeros(2), "b": torch.zeros(4)},
+    ):
+        with pytest.raises(CheckError, match="step-000001: "):
+            load_tensors(wrong, saved, "parameter")
