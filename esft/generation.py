@@ -102,6 +102,12 @@ def generate_text(
 def _check(prompt: str, max_new_tokens: int, temperature: float) -> None:
     if not prompt.strip():
         raise DataError("--prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of an argument that Python could not read as text
+        raise DataError(
+            "--prompt: not text in this locale's encoding; choose a UTF-8 one, as by LC_ALL=C.UTF-8"
+        ) from None
     if max_new_tokens < 1:
         raise EsftError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
     if not 0 <= temperature < float("inf"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -62,7 +63,7 @@ class ConsoleReporter:
     """Shows progress on stderr: a live bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or _Stderr(stderr=True, highlight=False)
 
     def note(self, text: str) -> None:
         """Print one line."""
@@ -70,9 +71,18 @@ class ConsoleReporter:
 
     def task(self, title: str, total: int, unit: str) -> Task:
         """Open a bar, or a task that prints lines where there is no terminal."""
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             return _BarTask(self.console, title, total)
-        return _LineTask(title, total, unit)
+        return _LineTask(self.console, title, total, unit)
+
+
+class _Stderr(Console):
+    """Goes on where rich would exit: a run must not end because nobody watches it any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 class _Speed:
@@ -115,7 +125,8 @@ class _BarTask(Task):
 class _LineTask(Task):
     _EVERY = 10.0  # seconds between lines
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self._console = console
         self._title, self._total, self._unit = title, total, unit
         self._speed = _Speed()
         self._done = 0
@@ -140,4 +151,5 @@ class _LineTask(Task):
             left = f", {elapsed / self._done * (self._total - self._done):,.0f} s left"
         speed = self._speed.text(self._figures)
         line = f"{self._title}: {self._done:,}/{self._total:,} {self._unit}s"
-        print(line + (f", {speed}" if speed else "") + left, file=sys.stderr, flush=True)
+        line += (f", {speed}" if speed else "") + left
+        self._console.print(line, markup=False, soft_wrap=True)

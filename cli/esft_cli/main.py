@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 import typer
 
@@ -57,6 +59,7 @@ def run() -> None:
     130: interrupted (typer sees to it). Errors of the user's are one line on stderr;
     `ESFT_TRACEBACK=1` shows where they were raised.
     """
+    _open_closed_streams()
     _quiet_libraries()
     keep_freed_memory()
     _print_anything()
@@ -64,12 +67,37 @@ def run() -> None:
     from esft.secrets import redact
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # while there is still somebody to tell what that raises
     except EsftError as error:
         if os.environ.get("ESFT_TRACEBACK"):
             raise
         print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is not None:  # no stream, hence not for here to explain
+            raise
+        _end_without_output(error)
+
+
+def _open_closed_streams() -> None:
+    # Python has no object for a stream that its caller closed (`>&-`), and the first file that a
+    # library opens would take its number and get what it prints.
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            setattr(sys, name, os.fdopen(nowhere, "r" if name == "stdin" else "w"))
+
+
+def _end_without_output(error: OSError) -> NoReturn:
+    # Nothing is to be told to who reads no more (`| head -1`); a full disk is.
+    if error.errno != errno.EPIPE:
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+    # Python writes what is left when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 def _print_anything() -> None:

@@ -105,7 +105,10 @@ def table(title: str, *columns: str) -> Table:
     )
     for column in columns:
         right = column.endswith(">")
-        result.add_column(column.removesuffix(">"), justify="right" if right else "left")
+        # On a narrow terminal a cell goes on in the next line; rich would cut it.
+        result.add_column(
+            column.removesuffix(">"), justify="right" if right else "left", overflow="fold"
+        )
     return result
 
 
