@@ -135,7 +135,7 @@ class _Encoder:
             said.append(
                 f"{_first(rows)}: the tokenizer's chat template renders earlier answers otherwise "
                 f"once turns follow, begins answers otherwise than it prompts for them, or cannot "
-                f"write tool calls; TRL's training template is used instead: every answer keeps its "
+                f"write calls; TRL's training template is used instead: every answer keeps its "
                 f"reasoning (an empty block where it has none), which the tokenizer's own template "
                 f"leaves out of later prompts"
             )
