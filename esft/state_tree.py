@@ -31,13 +31,19 @@ def pack(value: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
         EsftError: it holds something else; names the place.
     """
     tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
 
     def take(item: Any, place: str) -> Any:
         if isinstance(item, np.ndarray):
             tensors[place] = torch.from_numpy(item.copy())
             return {_ARRAY: place}
         if isinstance(item, Tensor):
-            tensors[place] = item.detach().cpu().contiguous()
+            own = item.detach().cpu().contiguous()
+            # bitsandbytes has one table of values for all states; a file has each tensor by itself.
+            if own.untyped_storage().data_ptr() in memory:
+                own = own.clone()
+            memory.add(own.untyped_storage().data_ptr())
+            tensors[place] = own
             return {_TENSOR: place}
         if isinstance(item, Mapping):
             inside = [(key, take(part, f"{place}/{key}")) for key, part in item.items()]
