@@ -241,6 +241,44 @@ def test_r4_stopped_by_a_signal(
     assert logged(run) == logged(whole(kind))
 
 
+def test_a_signal_while_the_delta_is_written(
+    trainings: Trainings,
+    base: Path,
+    data: Path,
+    whole: Callable[[tuple[str, int]], Path],
+    tmp_path: Path,
+) -> None:
+    """All steps are done and none is saved: they are, and resuming has only the delta to write."""
+    kind = KINDS[0]
+    wanted, run = killed_recipe(base, data, kind), tmp_path / "run"
+    wanted["training"]["save_strategy"] = "no"
+    started = trainings.start(wanted, run, stops=[{"place": "a delta's tensors"}])
+    assert started.paused()
+    started.send(signal.SIGTERM)
+    code, output = started.wait()
+    assert code == 143, output
+    assert f"step {KILLED_STEPS} is saved; go on with" in output.splitlines()[-1]
+    assert not (run / "delta").exists()
+    assert [p.name for p in run.rglob(".*")] == []
+    assert trainings.run(wanted, run, resume=True).code == 0
+    assert delta_bytes(run) == delta_bytes(whole(kind))
+
+
+def test_a_signal_before_training(
+    trainings: Trainings, base: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    started = trainings.start(
+        killed_recipe(base, data, KINDS[0]), run, stops=[{"place": "profiling"}]
+    )
+    assert started.paused()
+    started.send(signal.SIGINT)
+    code, output = started.wait()
+    assert code == 130
+    assert output.splitlines()[-1] == "interrupted by SIGINT; nothing was written yet"
+    assert not run.exists()
+
+
 @pytest.fixture(scope="module")
 def to_change(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run killed after step 8, its recipe, and what it was made from."""

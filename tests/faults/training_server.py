@@ -21,10 +21,21 @@ import torch
 from esft_cli import main as command
 from safetensors import SafetensorError
 
-from esft import checkpoint, delta, files, manifest, run_lock, shard_writer, trainer, training_log
+from esft import (
+    checkpoint,
+    delta,
+    files,
+    manifest,
+    run_lock,
+    shard_writer,
+    trainer,
+    training,
+    training_log,
+)
 
 # Functions that a process can be stopped before: where in the run they are called is their name.
 PLACES: dict[str, tuple[Any, str]] = {
+    "profiling": (training, "profile_model"),
     "a batch": (trainer.EsftTrainer, "training_step"),
     "an evaluation": (trainer.EsftTrainer, "evaluate"),
     "a logged line": (training_log, "append_line"),
