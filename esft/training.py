@@ -33,6 +33,7 @@ from esft.memory import peak_memory
 from esft.methods import make_method
 from esft.moe import inspect, moe_layers
 from esft.movement import StartingPoint, stored_moved
+from esft.out_of_memory import explain_out_of_memory
 from esft.processes import refuse_several
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
@@ -181,7 +182,10 @@ class _Run:
             if self.data.bad_rows.skipped:
                 self.data.bad_rows.write(self.out / BAD_ROWS)
         start = time.monotonic()
-        outcome = trainer.run(self.saved)
+        with explain_out_of_memory(
+            self.recipe, model.device, lambda: f"in step {trainer.state.global_step + 1}"
+        ):
+            outcome = trainer.run(self.saved)
         seconds = time.monotonic() - start
         try:
             evaluation = (
