@@ -10,7 +10,7 @@ from esft.data.encode import Example
 from esft.progress import SILENT
 from tests.test_training import metrics, recipe
 
-ROWS, RATE, LENGTH = 12, 0.05, 24
+ROWS, RATE, LENGTH = 8, 0.05, 24
 CHOSEN = {0: [1, 6], 2: [4]}
 
 

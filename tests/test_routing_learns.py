@@ -46,14 +46,14 @@ def imbalance(base: Path, data: Path, folder: Path, losses: dict[str, Any]) -> t
         "training": {
             "max_steps": STEPS,
             "learning_rate": 3e-3,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 2,
             "logging_steps": STEPS,
             "seed": 0,
         },
     }
     run = esft.train(recipe, folder)
     esft.merge(base, run.delta, folder / "merged")
-    scores = esft.profile(folder / "merged", data, tokens=1000)
+    scores = esft.profile(folder / "merged", data, tokens=400)
     found = [layer.routing.imbalance for layer in scores.layers.values() if layer.routing]
     assert run.train_loss is not None
     return sum(found) / len(found), run.train_loss
@@ -62,7 +62,7 @@ def imbalance(base: Path, data: Path, folder: Path, losses: dict[str, Any]) -> t
 def test_routing_evens_out(base: Path, data: Path, tmp_path: Path) -> None:
     before = [
         layer.routing.imbalance
-        for layer in esft.profile(base, data, tokens=1000).layers.values()
+        for layer in esft.profile(base, data, tokens=400).layers.values()
         if layer.routing
     ]
     found = {
@@ -70,7 +70,7 @@ def test_routing_evens_out(base: Path, data: Path, tmp_path: Path) -> None:
         for name, losses in {
             "without": {},
             "load_balance": {"load_balance": 0.5},
-            "bias_update": {"bias_update": 0.01},
+            "bias_update": {"bias_update": 0.02},
         }.items()
     }
     without, task = found["without"]
