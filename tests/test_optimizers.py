@@ -71,7 +71,9 @@ def learns_and_resumes(setting: dict[str, Any], folder: Path, **training: Any) -
         wanted["data"] = setting["data"] | {"eval": setting["data"]["train"]}
     whole, resumed = folder / "whole", folder / "resumed"
     esft.train(wanted, whole)
-    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("delta"))
+    ends = shutil.ignore_patterns("delta", f"step-{STEPS:06d}")
+    shutil.copytree(whole, resumed, ignore=ends)
+    assert [item.name for item in (resumed / "checkpoints").iterdir()] == [f"step-{SAVED:06d}"]
     esft.train(wanted, resumed, resume=True)
     found = [load_file(run / "delta" / "esft_delta.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
