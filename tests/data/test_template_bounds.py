@@ -100,6 +100,14 @@ def test_who_stops_listening_leaves_no_process() -> None:
         os.kill(process, 0)
 
 
+def test_who_stops_listening_need_not_wait() -> None:
+    outcomes = bounded(time.sleep, [0, 60], name)
+    next(outcomes)
+    started = time.monotonic()
+    outcomes.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 30
+
+
 def test_memory_of_this_process_stays_as_it_is() -> None:
     seen: list[int] = []
     list(bounded(seen.append, [1, 2], name))
