@@ -101,3 +101,11 @@ def test_a_gradient_scaler_goes_on(tmp_path: Path, steps: int) -> None:
     restored.load_state_dict(through_files(scaler.state_dict(), tmp_path))
     assert restored.state_dict() == scaler.state_dict()
     assert use(restored, 7) == use(scaler, 7)
+
+
+def test_tensors_that_share_memory_are_stored_apart(tmp_path: Path) -> None:
+    table = torch.arange(3.0)
+    packed, tensors = pack({"one": table, "two": table, "part": table[1:]}, "n")
+    save_file(tensors, tmp_path / "t.safetensors")  # refuses those that share
+    found = unpack(packed, load_file(tmp_path / "t.safetensors"))
+    assert [found[key].tolist() for key in ("one", "two", "part")] == [[0, 1, 2], [0, 1, 2], [1, 2]]
