@@ -58,11 +58,11 @@ def frames(*parts: bytes) -> bytes:
         ("a.jsonl", LINES),
         ("a.ndjson", LINES),
         ("a.json", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.jsonl.gz", gzip.compress(LINES[:7]) + gzip.compress(LINES[7:])),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.jsonl.gz", gzip.compress(LINES[:7], mtime=0) + gzip.compress(LINES[7:])),
         ("a.jsonl.zst", frames(LINES)),
         ("a.jsonl.zst", frames(LINES[:7], b"", LINES[7:])),
-        ("a.json.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(LINES, mtime=0)),
     ],
 )
 def test_lines(tmp_path: Path, name: str, data: bytes) -> None:
@@ -71,7 +71,7 @@ def test_lines(tmp_path: Path, name: str, data: bytes) -> None:
 
 def test_much_compressed_data(tmp_path: Path) -> None:
     lines = b"".join(b'{"n": %d}\n' % n for n in range(50_000))
-    for name, data in (("a.jsonl.zst", frames(lines)), ("a.jsonl.gz", gzip.compress(lines))):
+    for name, data in (("a.jsonl.zst", frames(lines)), ("a.jsonl.gz", gzip.compress(lines, mtime=0))):
         rows, _ = read(written(tmp_path, name, data))
         assert [value["n"] for _, value in rows] == list(range(50_000))
 
@@ -79,7 +79,7 @@ def test_much_compressed_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [1, 5, 20, -1])
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_compressed_data_that_is_cut_off(tmp_path: Path, name: str, kept: int) -> None:
-    whole = gzip.compress(LINES) if name.endswith("gz") else frames(LINES)
+    whole = gzip.compress(LINES, mtime=0) if name.endswith("gz") else frames(LINES)
     said = refused(written(tmp_path, name, whole[:kept]))
     assert said.startswith(": the compressed data is damaged or cut off")
 
@@ -145,7 +145,7 @@ def test_csv_as_rfc_4180_has_it(tmp_path: Path) -> None:
     assert read(path)[0] == [(":2", ROWS[0]), (":3", ROWS[1])]
     path = written(tmp_path, "a.csv", MARK + text.replace("\r", "").rstrip().encode())
     assert read(path)[0] == [(":2", ROWS[0]), (":3", ROWS[1])]
-    path = written(tmp_path, "a.csv.gz", gzip.compress(text.encode()))
+    path = written(tmp_path, "a.csv.gz", gzip.compress(text.encode(), mtime=0))
     assert [value for _, value in read(path)[0]] == ROWS
 
 
