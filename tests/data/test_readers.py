@@ -59,7 +59,7 @@ def frames(*parts: bytes) -> bytes:
         ("a.ndjson", LINES),
         ("a.json", LINES),
         ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
-        ("a.jsonl.gz", gzip.compress(LINES[:7], mtime=0) + gzip.compress(LINES[7:])),
+        ("a.jsonl.gz", gzip.compress(LINES[:7], mtime=0) + gzip.compress(LINES[7:], mtime=0)),
         ("a.jsonl.zst", frames(LINES)),
         ("a.jsonl.zst", frames(LINES[:7], b"", LINES[7:])),
         ("a.json.gz", gzip.compress(LINES, mtime=0)),
@@ -71,7 +71,10 @@ def test_lines(tmp_path: Path, name: str, data: bytes) -> None:
 
 def test_much_compressed_data(tmp_path: Path) -> None:
     lines = b"".join(b'{"n": %d}\n' % n for n in range(50_000))
-    for name, data in (("a.jsonl.zst", frames(lines)), ("a.jsonl.gz", gzip.compress(lines, mtime=0))):
+    for name, data in (
+        ("a.jsonl.zst", frames(lines)),
+        ("a.jsonl.gz", gzip.compress(lines, mtime=0)),
+    ):
         rows, _ = read(written(tmp_path, name, data))
         assert [value["n"] for _, value in rows] == list(range(50_000))
 
