@@ -19,13 +19,13 @@ from transformers.trainer_callback import ExportableState
 from esft.changes import check_changes, check_start, trained_changes
 from esft.delta import write_delta
 from esft.errors import CheckError, ModelError, RecipeError
-from esft.exact_parameters import restore_exactly, save_exactly, token_of
 from esft.experts import attached_layers, attached_parts, attached_selection, part_parameters
 from esft.files import new_folder, refuse_existing
 from esft.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from esft.loading import refuse_quantised
 from esft.locating import resolve
 from esft.moe import text_config, trainable_parameters
+from esft.run.exact_parameters import restore_exactly, save_exactly, token_of
 from esft.secrets import redact
 from esft.shards import open_checkpoint
 

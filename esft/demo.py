@@ -22,7 +22,7 @@ from esft.profiling import profile
 from esft.progress import SILENT, Reporter
 from esft.recipe import make_recipe
 from esft.report.heatmap import draw_heatmap
-from esft.run_result import RunResult
+from esft.run.result import RunResult
 from esft.selection import Selection, select
 from esft.training import train
 

@@ -15,7 +15,7 @@ from esft.locating import resolve
 from esft.progress import SILENT, Reporter
 from esft.recipe import make_recipe, read_recipe
 from esft.recipe_sections import Recipe
-from esft.task_data import prepare
+from esft.run.task_data import prepare
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from esft.recipe_sections import (
     TrainSpec,
 )
 from esft.recipe_text import Key, Override, Places, parse_override, read_mapping
+from esft.run.fields import check_best, check_training
 from esft.secrets import has_secret
 from esft.selection_rule import METRICS, make_rule
-from esft.training_fields import check_best, check_training
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str | Override] = ()) -> Recipe:

@@ -11,40 +11,31 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import set_seed
 
-from esft import run_lock
-from esft.checkpoint import SavedState
 from esft.data.encode import Example
 from esft.data.isolation import check_isolation
 from esft.data.packing import collate
 from esft.delta import read_delta
-from esft.determinism import deterministic
-from esft.drift import TOKENS, DriftMeter
 from esft.errors import EsftError, RecipeError
 from esft.evaluation import Evaluation, evaluate_model
 from esft.files import new_folder, refuse_existing, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
-from esft.guard import check_same, environment, guard, tokens_digest
 from esft.inference import check_vocabulary
-from esft.interruption import Interrupted, Interruption, interruptible
-from esft.labelled import check_weighing
 from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
-from esft.memory import peak_memory
 from esft.methods import make_method
 from esft.moe import inspect, moe_layers
-from esft.movement import StartingPoint, stored_moved
-from esft.out_of_memory import explain_out_of_memory
-from esft.processes import refuse_several
 from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
 from esft.progress import SILENT, Reporter
 from esft.recipe import make_recipe, read_recipe
 from esft.recipe_sections import CheckpointSpec, Recipe, SelectionSpec
-from esft.recomputation import recompute_layers
 from esft.report.card import run_card
-from esft.reporting import reporting
-from esft.resuming import explain_interruption, to_resume
-from esft.router_losses import RouterLosses, check_losses, make_losses, silence_own_losses
-from esft.run_folder import (
+from esft.routers.losses import RouterLosses, check_losses, make_losses, silence_own_losses
+from esft.run import lock as run_lock
+from esft.run.checkpoint import SavedState
+from esft.run.determinism import deterministic
+from esft.run.drift import TOKENS, DriftMeter
+from esft.run.fields import training_arguments, with_defaults
+from esft.run.folder import (
     BAD_ROWS,
     CARD,
     CHECKPOINTS,
@@ -55,14 +46,23 @@ from esft.run_folder import (
     SCORES,
     SELECTION,
 )
-from esft.run_result import RunResult
+from esft.run.guard import check_same, environment, guard, tokens_digest
+from esft.run.interruption import Interrupted, Interruption, interruptible
+from esft.run.labelled import check_weighing
+from esft.run.memory import peak_memory
+from esft.run.movement import StartingPoint, stored_moved
+from esft.run.out_of_memory import explain_out_of_memory
+from esft.run.processes import refuse_several
+from esft.run.recomputation import recompute_layers
+from esft.run.reporting import reporting
+from esft.run.result import RunResult
+from esft.run.resuming import explain_interruption, to_resume
+from esft.run.task_data import prepare
+from esft.run.trainer import EsftTrainer, Trained
 from esft.scores import Scores
 from esft.selection import Selection, select
 from esft.selection_rule import choose_layers, make_rule
 from esft.shards import open_checkpoint
-from esft.task_data import prepare
-from esft.trainer import EsftTrainer, Trained
-from esft.training_fields import training_arguments, with_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

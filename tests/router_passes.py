@@ -1,4 +1,4 @@
-"""Checks of what `esft.router_watch` sees, against what the experts were called with."""
+"""Checks of what `esft.routers.watch` sees, against what the experts were called with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from esft.balance import expert_balance, importance
-from esft.bias_update import BiasUpdate
 from esft.errors import ModelError
 from esft.moe import moe_layers
-from esft.router_watch import RouterPass, RouterWatch
+from esft.routers.balance import expert_balance, importance
+from esft.routers.bias_update import BiasUpdate
+from esft.routers.watch import RouterPass, RouterWatch
 from tests.expert_calls import watched
 from tests.training_loop import batches
 

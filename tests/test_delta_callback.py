@@ -25,9 +25,9 @@ from transformers import (
 import esft
 from esft.delta_callback import SaveDelta, stated_arguments
 from esft.errors import CheckError, DeltaError, ModelError, OutputError, RecipeError
-from esft.exact_parameters import restore_exactly
 from esft.experts import attach
 from esft.moe import trainable_parameters
+from esft.run.exact_parameters import restore_exactly
 from esft.selection import Selection
 from tests.deltas import load, save_base
 from tests.training_loop import batches

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import esft
 from esft.errors import RecipeError
 from esft.recipe import make_recipe
-from esft.training_fields import BITSANDBYTES, OPTIMIZERS
+from esft.run.fields import BITSANDBYTES, OPTIMIZERS
 from tests.checkpoints import save_tiny
 
 STEPS, SAVED = 6, 4

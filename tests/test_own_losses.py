@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import esft
 from esft.moe import moe_layers
-from esft.router_losses import silence_own_losses
+from esft.routers.losses import silence_own_losses
 from tests.checkpoints import save_tiny
 from tests.models import tiny
 from tests.models_of_ours import tiny_models as own_models

@@ -10,7 +10,7 @@ import typer
 from esft_cli import output
 
 if TYPE_CHECKING:
-    from esft.run_result import RunResult
+    from esft.run.result import RunResult
 
 
 def train(

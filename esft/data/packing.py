@@ -140,7 +140,7 @@ def collate(items: Sequence[Item], *, pad_id: int = 0) -> dict[str, Any]:
         `position_ids` [B, S] if packed, else with `attention_mask` [B, S]; padded on the right.
         `use_cache` is False: given a cache, transformers does not look for packed examples.
         Where items have `loss_weights`, those too, [B, S], float32; they are for
-        `esft.labelled.labelled_logits`, a model does not know them.
+        `esft.run.labelled.labelled_logits`, a model does not know them.
     """
     longest = max(len(item["input_ids"]) for item in items)
     fill = {"input_ids": pad_id, **_FILL}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esft import balance
+from esft.routers import balance
 
 
 def load_balance_loss(

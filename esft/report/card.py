@@ -11,7 +11,7 @@ from esft.trained_parts import TrainedParts
 
 if TYPE_CHECKING:
     from esft.recipe_sections import Recipe
-    from esft.run_result import RunResult
+    from esft.run.result import RunResult
     from esft.selection import Selection
 
 _CARD = """\

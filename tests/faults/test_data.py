@@ -14,7 +14,7 @@ import pytest
 
 from esft.errors import DataError
 from esft.recipe_sections import DataSpec
-from esft.task_data import TaskData, prepare
+from esft.run.task_data import TaskData, prepare
 from tests.checkpoints import save_tiny
 from tests.command import esft
 from tests.toy_tokenizers import CHATML, byte_tokenizer

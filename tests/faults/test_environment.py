@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import esft
-from esft import checkpoint
+from esft.run import checkpoint
 from tests.checkpoints import save_tiny
 from tests.faults.trainings import Trainings
 from tests.resumed_runs import cut_back, delta_bytes, files_of, recipe, write_rows

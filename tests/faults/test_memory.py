@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from esft.errors import EsftError
-from esft.memory import peak_memory
-from esft.out_of_memory import explain_out_of_memory
 from esft.recipe import make_recipe
-from esft.training_fields import with_defaults
+from esft.run.fields import with_defaults
+from esft.run.memory import peak_memory
+from esft.run.out_of_memory import explain_out_of_memory
 from tests.checkpoints import save_tiny
 from tests.command import Argument, esft, python_process
 

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import esft
-from esft.checkpoint import last
 from esft.errors import EsftError
-from esft.trainer import EsftTrainer
+from esft.run.checkpoint import last
+from esft.run.trainer import EsftTrainer
 from tests.checkpoints import save_tiny
 
 CHOSEN = {0: [1, 6], 2: [4]}

@@ -19,8 +19,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft import checkpoint
 from esft.errors import EsftError
+from esft.run import checkpoint
 from tests.checkpoints import save_tiny
 from tests.faults.trainings import Trainings
 from tests.resumed_runs import STEPS, cut_back, delta_bytes, files_of, logged, recipe, write_rows

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from esft.data.isolation import check_isolation
-from esft.labelled import labelled_logits
 from esft.models import MODELS
 from esft.models.decoder import counted
+from esft.run.labelled import labelled_logits
 from tests.models_of_ours.tiny_models import EXPERTS, NAMES, VOCAB, ids, tiny
 
 every = pytest.mark.parametrize("name", NAMES)
