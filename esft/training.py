@@ -6,34 +6,33 @@ import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import set_seed
 
-from esft.data.encode import Example
 from esft.data.isolation import check_isolation
 from esft.data.packing import collate
 from esft.delta import read_delta
 from esft.errors import EsftError, RecipeError
-from esft.evaluation import Evaluation, evaluate_model
+from esft.evaluation import evaluate_model
 from esft.files import new_folder, refuse_existing, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
 from esft.inference import check_vocabulary
 from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
 from esft.methods import make_method
-from esft.moe import inspect, moe_layers
-from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
+from esft.moe import inspect, moe_layers, trainable_parameters
 from esft.progress import SILENT, Reporter
 from esft.recipe import make_recipe, read_recipe
-from esft.recipe_sections import CheckpointSpec, Recipe, SelectionSpec
+from esft.recipe_sections import CheckpointSpec, Recipe
 from esft.report.card import run_card
 from esft.routers.losses import RouterLosses, check_losses, make_losses, silence_own_losses
 from esft.run import lock as run_lock
+from esft.run.about import About
 from esft.run.checkpoint import SavedState
+from esft.run.choice import Sampler, given_selection, selection_rule
 from esft.run.determinism import deterministic
-from esft.run.drift import TOKENS, DriftMeter
 from esft.run.fields import training_arguments, with_defaults
 from esft.run.folder import (
     BAD_ROWS,
@@ -58,14 +57,9 @@ from esft.run.reporting import reporting
 from esft.run.result import RunResult
 from esft.run.resuming import explain_interruption, to_resume
 from esft.run.task_data import prepare
-from esft.run.trainer import EsftTrainer, Trained
-from esft.scores import Scores
-from esft.selection import Selection, select
-from esft.selection_rule import choose_layers, make_rule
+from esft.run.trainer import EsftTrainer
+from esft.selection import select
 from esft.shards import open_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def train(
@@ -136,7 +130,7 @@ class _Run:
         refuse_quantised(self.folder)
         check_losses(recipe.losses, self.anatomy.layers, self.anatomy.model_type)
         base = open_checkpoint(self.folder)
-        self.selection = self._given_selection()
+        self.selection = given_selection(recipe, self.anatomy, out if saved else None)
         self.tokenizer = load_tokenizer(self.folder)
         self.data = prepare(recipe.data, self.tokenizer, reporter=reporter)
         self.tokens = tokens_digest(self.data.train_set)
@@ -156,10 +150,11 @@ class _Run:
         if self.data.train_set.weighted:
             check_weighing(model)
         check_vocabulary(self.tokenizer, model, self.folder)
+        sampler = Sampler(self.recipe, self.tokenizer, self.data.rows, self.reporter)
         scores = None
         if self.recipe.selects_experts and self.selection is None:
-            scores = self._profile(model)
-            self.selection = select(scores, **self._rule().rule())
+            scores = sampler.profile(model, self.folder)
+            self.selection = select(scores, **selection_rule(self.recipe).rule())
         silence_own_losses(model, self.reporter)
         layers = moe_layers(model)
         method = make_method(self.recipe, self.selection, self.reporter)
@@ -168,8 +163,10 @@ class _Run:
         losses = make_losses(
             self.recipe.losses, layers, self.anatomy.model_type, reporter=self.reporter
         )
-        start_weights = StartingPoint(prepared)
-        meter = self._drift_meter(prepared, scores)
+        trained = sum(parameter.numel() for parameter in trainable_parameters(prepared).values())
+        # Where most of the model trains, a copy of it would be a second model in memory.
+        start_weights = StartingPoint(prepared) if 2 * trained < self.anatomy.total else None
+        meter = sampler.drift_meter(prepared, self.selection, scores)
         trainer = self._trainer(prepared, losses)
         self._note_small_data()
         # Up to here the input may be at fault, and nothing was written.
@@ -181,6 +178,9 @@ class _Run:
                 self.selection.write(self.out / SELECTION)
             if self.data.bad_rows.skipped:
                 self.data.bad_rows.write(self.out / BAD_ROWS)
+        about = About(
+            self.recipe, self.anatomy, self.tokenizer_digest, self.selection, self.out / SCORES
+        )
         start = time.monotonic()
         with explain_out_of_memory(
             self.recipe, model.device, lambda: f"in step {trainer.state.global_step + 1}"
@@ -194,11 +194,10 @@ class _Run:
                 else None
             )
             with new_folder(self.out / DELTA) as folder:
-                method.save(prepared, folder, self.base, self._about(outcome, evaluation))
+                method.save(prepared, folder, self.base, about(outcome, evaluation))
         except Interrupted:
             trainer.saving.save_once()
             raise
-        moved = start_weights.moved(prepared)
         result = RunResult(
             out=self.out,
             delta=self.out / DELTA,
@@ -208,10 +207,10 @@ class _Run:
             seconds=seconds,
             tokens_per_second=trainer.tokens_seen / seconds,
             train_loss=outcome.loss,
-            trained=moved.total,
+            trained=trained,
             total=self.anatomy.total,
             routed=self.anatomy.routed,
-            moved=moved,
+            moved=None if start_weights is None else start_weights.moved(prepared),
             stored_moved=stored_moved(read_delta(self.out / DELTA), open_checkpoint(self.folder)),
             drift=meter.read(self.selection) if meter and self.selection else None,
             delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
@@ -267,98 +266,8 @@ class _Run:
                 f"step's {batch:,}: every step sees all of it"
             )
 
-    def _rule(self) -> SelectionSpec:
-        """Return how to profile and select."""
-        spec = self.recipe.selection
-        assert not isinstance(spec, str)  # a file needs no rule
-        spec = spec or SelectionSpec()
-        if self.recipe.method == "random" and spec.random is None:
-            spec = spec.model_copy(update={"random": spec.seed})
-        return spec
-
-    def _given_selection(self) -> Selection | None:
-        """Read the selection where there is one: the recipe's file, or that of the resumed run."""
-        layers = {layer.index: layer.num_experts for layer in self.anatomy.layers}
-        if self.recipe.train is not None and self.recipe.train.experts == "all":
-            return Selection({layer: list(range(experts)) for layer, experts in layers.items()})
-        if not self.recipe.selects_experts:
-            return None
-        given = self.recipe.selection
-        if isinstance(given, str):
-            selection = Selection.read(given)
-        elif self.saved is not None:
-            selection = Selection.read(self.out / SELECTION)
-        else:
-            # Or fail before profiling.
-            choose_layers(make_rule(**self._rule().rule()).layers, layers)
-            return None
-        selection.check_against(layers)
-        return selection
-
-    def _profile(self, model: PreTrainedModel) -> Scores:
-        """Profile the model on the training rows, as `esft profile` does."""
-        spec = self._rule()
-        return profile_model(
-            model,
-            self._sample(model, spec),
-            count=spec.count,
-            name=self.recipe.model,
-            bytes_per_parameter=stored_bytes(self.folder),
-            reporter=self.reporter,
-        )
-
-    def _sample(self, model: PreTrainedModel, spec: SelectionSpec) -> list[Example]:
-        seq_len = context_length(model, spec.seq_len)
-        return sample_rows(
-            self.data.rows, self.tokenizer, tokens=spec.tokens, seq_len=seq_len, seed=spec.seed
-        )
-
-    def _drift_meter(self, prepared: Any, scores: Scores | None) -> DriftMeter | None:
-        """Profile the selected experts before training, where that is asked for."""
-        if self.selection is None or not self.recipe.routing_drift:
-            return None
-        spec = SelectionSpec() if isinstance(self.recipe.selection, str) else self._rule()
-        # Of a small sample, the scores that the experts were selected by will do.
-        known = scores if spec.tokens <= TOKENS else None
-        spec = spec.model_copy(update={"tokens": min(spec.tokens, TOKENS)})
-        sample = self._sample(prepared, spec)
-        return DriftMeter(prepared, sample, count=spec.count, before=known, reporter=self.reporter)
-
     def _guard(self) -> dict[str, Any]:
         return guard(self.recipe, self.base, self.selection, self.tokens)
 
     def _environment(self) -> dict[str, Any]:
         return environment(self.arguments.device)
-
-    def _about(self, outcome: Trained, evaluation: Evaluation | None) -> dict[str, Any]:
-        """Return what the delta's manifest says of the run."""
-        about: dict[str, Any] = {
-            "method": self.recipe.method,
-            "base": {
-                "name": self.recipe.model,
-                "model_type": self.anatomy.model_type,
-                "architecture": self.anatomy.architecture,
-                "tokenizer": self.tokenizer_digest,
-            },
-            "recipe": self.recipe.model_dump(exclude_none=True),
-            "training": {
-                "steps": outcome.steps,
-                "best_step": outcome.best,
-                "evaluation": None if evaluation is None else evaluation.to_dict(),
-            },
-        }
-        if self.selection is not None:
-            about["selection"] = self.selection.to_dict()
-        if self.recipe.selects_experts:
-            about["scores"] = self._scores_origin()
-        return about
-
-    def _scores_origin(self) -> dict[str, Any]:
-        """Return where the selection's scores came from: this run's data, or another's file."""
-        if isinstance(self.recipe.selection, str):
-            return {"selection_file": self.recipe.selection}
-        file = self.out / SCORES
-        # Nothing may fail now that training is done, not even where somebody tidied up.
-        sample = Scores.read(file).sample if file.is_file() else {}
-        data = [source.path for source in self.recipe.data.sources("train")]
-        return {"data": data[0] if len(data) == 1 else data, "sample": sample}

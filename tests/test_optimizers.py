@@ -84,7 +84,9 @@ def learns_and_resumes(setting: dict[str, Any], folder: Path, **training: Any) -
     return [line["learning_rate"] for line in logged]
 
 
-@pytest.mark.parametrize(("optim", "schedule"), zip(cycle(OPTIMIZERS), SCHEDULES, strict=False))
+@pytest.mark.parametrize(
+    ("optim", "schedule"), list(zip(cycle(OPTIMIZERS), SCHEDULES, strict=False))
+)
 def test_learns_and_resumes(
     setting: dict[str, Any], tmp_path: Path, optim: str, schedule: str
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -118,30 +118,30 @@ def train(
 
 def _print(result: RunResult, model: str) -> None:
     table = output.table(f"trained by {result.method}", "", "")
-    rows: list[tuple[str, Any]] = [
-        ("steps", output.count(result.steps)),
-        ("training loss", "?" if result.train_loss is None else f"{result.train_loss:.4f}"),
-        ("time", f"{result.seconds:.0f} s ({result.tokens_per_second:,.0f} tokens/s)"),
-        ("peak memory", output.size(result.peak_memory)),
-        (
-            "parameters trained",
-            f"{output.count(result.trained)} ({output.share(result.trained / result.total)})",
+    moved, stored, drift = result.moved, result.stored_moved, result.drift
+    scored = result.evaluation
+    rows = {
+        "steps": output.count(result.steps),
+        "weights of step": str(result.best_step) if result.best_step is not None else None,
+        "training loss": "?" if result.train_loss is None else f"{result.train_loss:.4f}",
+        "time": f"{result.seconds:.0f} s ({result.tokens_per_second:,.0f} tokens/s)",
+        "peak memory": output.size(result.peak_memory),
+        "parameters trained": f"{output.count(result.trained)} "
+        f"({output.share(result.trained / result.total)})",
+        "moved while training": output.share(moved.share) if moved else None,
+        "moved as stored": output.share(stored.share) if stored else None,
+        "gate share of selected experts": (
+            f"{output.share(drift.before)} before, {output.share(drift.after)} after"
+            if drift
+            else None
         ),
-        ("moved while training", output.share(result.moved.share)),
-        ("delta", f"{result.delta} ({output.size(result.delta_bytes)})"),
-    ]
-    if result.best_step is not None:
-        rows.insert(1, ("weights of step", output.count(result.best_step)))
-    if result.stored_moved is not None:
-        rows.insert(-1, ("moved as stored", output.share(result.stored_moved.share)))
-    if result.drift is not None:
-        before, after = output.share(result.drift.before), output.share(result.drift.after)
-        rows.insert(-1, ("gate share of selected experts", f"{before} before, {after} after"))
-    if result.evaluation is not None:
-        rows.append(("exact match", output.share(result.evaluation.exact_match)))
-        rows.append(("loss on test rows", f"{result.evaluation.loss:.4f}"))
-    for name, value in rows:
-        table.add_row(name, str(value))
+        "delta": f"{result.delta} ({output.size(result.delta_bytes)})",
+        "exact match": output.share(scored.exact_match) if scored else None,
+        "loss on test rows": f"{scored.loss:.4f}" if scored else None,
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, value)
     console = output.console()
     console.print(table)
     console.print(f"\nnext: esft merge {model} {result.delta} --out MERGED", soft_wrap=True)

@@ -35,7 +35,9 @@ _CARD = """\
 {% endif -%}
 | parameters trained | {{ "{:,}".format(result.trained) }} \
 ({{ "%.1f" % (100 * result.trained / result.total) }} % of the model) |
+{% if result.moved -%}
 | moved while training | {{ "%.1f" % (100 * result.moved.share) }} % of them |
+{% endif -%}
 {% if result.stored_moved -%}
 | moved as the base stores them | {{ "%.1f" % (100 * result.stored_moved.share) }} % |
 {% endif -%}

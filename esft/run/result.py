@@ -27,7 +27,8 @@ class RunResult:
         trained: parameters that train.
         total: parameters of the model.
         routed: parameters in routed experts.
-        moved: how many of the trained parameters are others than before.
+        moved: how many of the trained parameters are others than before; None if most of the
+            model trained, which would have to be copied to know.
         stored_moved: how many of the delta's numbers are others than the base's, as both store
             them; None for LoRA, whose delta has no tensor of the base.
         drift: how the selected experts' gate scores changed; None if that was not measured.
@@ -47,7 +48,7 @@ class RunResult:
     trained: int
     total: int
     routed: int
-    moved: Moved
+    moved: Moved | None
     stored_moved: Moved | None
     drift: Drift | None
     delta_bytes: int
