@@ -31,6 +31,8 @@ def read_file(path: Path, bad_rows: BadRows) -> Found:
         DataError: the file cannot be read, or a row cannot be and may not be skipped.
     """
     reader = _READERS.get(data_suffix(path))
+    if not path.exists():
+        raise DataError(f"{path}: no such data file")
     if reader is None:
         raise DataError(
             f"{path}: not known as a data file by its name; expected one that ends in "

@@ -62,7 +62,7 @@ def test_eval_without_a_terminal_is_plain(checkpoint: Path, data: Path) -> None:
     assert result.returncode == 0
     assert json.loads(result.stdout)["rows"] == 2
     assert len(result.stdout.splitlines()) == 1
-    assert result.stderr.startswith("scoring: 2/2 rows")
+    assert result.stderr.startswith(f"{data}: prompt-completion, 2 rows\nscoring: 2/2 rows")
     assert "\x1b" not in result.stdout + result.stderr
     assert "\r" not in result.stderr
 
@@ -105,7 +105,7 @@ BAD = {
         GOOD + '{"messages": [{"role": "assistant", "content": "a"}]}\n',
         ":2: a row with messages, but",
     ),
-    "no rows": ("\n", ": the file has no rows"),
+    "no rows": ("\n", ": no rows in it"),
 }
 
 

@@ -1,7 +1,7 @@
 """R1 to R6: a run that is killed, stopped or moved comes to the same bits, or says why it cannot.
 
 `make faults` runs all of R1 and R2; `make test` a part of them that has every moment and every
-kind of run, see tests/faults/conftest.py.
+kind of run, see tests/faults/counts.py.
 """
 
 from __future__ import annotations
