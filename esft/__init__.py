@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # binds its name in the package, which would hide a function of the same name.
 _HOME = {
     "EsftError": "esft.errors",
+    "Interrupted": "esft.run.interruption",
     "SaveDelta": "esft.delta_callback",
     "Scores": "esft.scores",
     "Selection": "esft.selection",
@@ -29,6 +30,7 @@ _HOME = {
     "load_delta": "esft.switching",
     "mask": "esft.masking",
     "merge": "esft.merging",
+    "preview_data": "esft.previewing",
     "profile": "esft.profiling",
     "select": "esft.selection",
     "set_active": "esft.switching",
@@ -39,6 +41,7 @@ _HOME = {
 
 __all__ = [
     "EsftError",
+    "Interrupted",
     "SaveDelta",
     "Scores",
     "Selection",
@@ -54,6 +57,7 @@ __all__ = [
     "load_delta",
     "mask",
     "merge",
+    "preview_data",
     "profile",
     "select",
     "set_active",
@@ -73,7 +77,9 @@ if TYPE_CHECKING:
     from esft.merging import merge, verify
     from esft.moe import inspect
     from esft.official import import_official
+    from esft.previewing import preview_data
     from esft.profiling import profile
+    from esft.run.interruption import Interrupted
     from esft.scores import Scores
     from esft.selection import Selection, select
     from esft.switching import disable, load_delta, set_active
