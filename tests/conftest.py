@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from tests.faults.counts import pytest_terminal_summary as pytest_terminal_summa
 
 # Triton's interpreter runs the kernels without a GPU; Triton reads this when it is first imported.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# A background job of a shell ignores SIGINT; what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

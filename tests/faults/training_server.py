@@ -21,24 +21,15 @@ import torch
 from esft_cli import main as command
 from safetensors import SafetensorError
 
-from esft import (
-    checkpoint,
-    delta,
-    files,
-    manifest,
-    run_lock,
-    shard_writer,
-    trainer,
-    training,
-    training_log,
-)
+from esft import delta, files, manifest, shard_writer
+from esft.run import checkpoint, choice, lock, log, trainer
 
 # Functions that a process can be stopped before: where in the run they are called is their name.
 PLACES: dict[str, tuple[Any, str]] = {
-    "profiling": (training, "profile_model"),
+    "profiling": (choice, "profile_model"),
     "a batch": (trainer.EsftTrainer, "training_step"),
     "an evaluation": (trainer.EsftTrainer, "evaluate"),
-    "a logged line": (training_log, "append_line"),
+    "a logged line": (log, "append_line"),
     "a checkpoint": (checkpoint, "save"),
     "its folder": (checkpoint, "new_folder"),
     "its tensors": (checkpoint, "save_file"),
@@ -51,7 +42,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "a deletion of what is hidden": (files.shutil, "rmtree"),
     "a delta's tensors": (delta, "write_shards"),
     "a delta's manifest": (manifest, "write_json"),
-    "the lock's signature": (run_lock, "_signature"),
+    "the lock's signature": (lock, "_signature"),
 }
 
 
