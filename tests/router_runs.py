@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from esft.data.encode import Example
-from esft.progress import SILENT
 from tests.test_training import metrics, recipe
 
 ROWS, RATE, LENGTH = 8, 0.05, 24
@@ -55,19 +54,6 @@ def wanted(base: Path, data: Path, losses: dict[str, Any] | None, **changes: Any
         | changes,
     )
     return made | sections | ({} if losses is None else {"losses": losses})
-
-
-class Notes:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-    def task(self, title: str, total: int, unit: str) -> Any:
-        return SILENT.task(title, total, unit)
 
 
 def first_loss(run: Path) -> float:

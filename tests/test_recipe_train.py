@@ -16,19 +16,11 @@ from transformers import AutoModelForCausalLM
 import esft
 from esft.delta import read_delta
 from esft.errors import EsftError, RecipeError, SelectionError
-from esft.progress import SilentReporter
 from esft.recipe import make_recipe, read_recipe
 from tests.checkpoints import save_tiny
+from tests.notes import Notes
 
 START: dict[str, Any] = {"model": "m", "data": {"train": "t.jsonl"}}
-
-
-class Notes(SilentReporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def test_by_default_nothing_but_the_selection_trains() -> None:
@@ -208,7 +200,7 @@ def test_a_part_that_the_model_lacks_is_told(data: Path, tmp_path: Path) -> None
     base, notes = save_tiny(tmp_path / "base", "mixtral"), Notes()
     made = recipe(base, data, selection={"top_n": 1, "tokens": 64}, training={"max_steps": 1})
     esft.train(made | {"train": {"shared_experts": True}}, tmp_path / "run", reporter=notes)
-    assert "shared_experts: this model has none; nothing of them trains" in notes.lines
+    assert "shared_experts: this model has none; nothing of them trains" in notes.notes
     alone = {"experts": "none", "shared_experts": True}
     with pytest.raises(SelectionError, match="nothing would train"):
         esft.train(recipe(base, data, train=alone), tmp_path / "none")

@@ -23,7 +23,6 @@ from esft.fingerprint import fingerprint
 from esft.merging import merge, verify
 from esft.moe import inspect, trainable_parameters
 from esft.official import import_official
-from esft.progress import SilentReporter
 from esft.selection import Selection
 from esft.shards import open_checkpoint
 from esft.switching import load_delta
@@ -32,6 +31,7 @@ from esft.unmerging import unmerge
 from tests.deltas import load, save_base
 from tests.families import small
 from tests.models import EXPERTS, tiny
+from tests.notes import Notes
 from tests.training_loop import batches, train_steps
 
 PICKED = {1: [5, 0], 2: [3]}
@@ -63,14 +63,6 @@ KINDS = {
 }
 COMBINATIONS = list(itertools.product([False, True], repeat=len(PARTS)))
 ALL = dict.fromkeys(PARTS, True)
-
-
-class Notes(SilentReporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def kind_of(family: str, name: str) -> str:
@@ -194,7 +186,7 @@ def test_an_official_configuration_s_flags_are_followed() -> None:
 def test_a_part_that_the_model_lacks_is_told_and_alone_refused() -> None:
     notes = Notes()
     attach(tiny("mixtral"), Selection(experts={1: [0]}, shared_experts=True), reporter=notes)
-    assert notes.lines == ["shared_experts: this model has none; nothing of them trains"]
+    assert notes.notes == ["shared_experts: this model has none; nothing of them trains"]
     model = tiny("mixtral")
     with pytest.raises(SelectionError, match=r"nothing would train: .*\(shared_experts\)"):
         attach(model, None, shared_experts=True)

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from esft.data.example import Example
 from esft.data.fitting import Truncation, fit
 from esft.errors import DataError
-
-
-class Notes:
-    """A reporter that keeps its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def task(self, title: str, total: int, unit: str) -> Any:
-        raise AssertionError("no progress on a handful of rows")
+from tests.notes import Notes
 
 
 def example(prompt: int, answer: int, after: int = 0, where: str = "f:1") -> Example:

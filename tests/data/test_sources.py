@@ -16,19 +16,7 @@ from esft.data.sources import Source, identity, is_local, read_source, read_sour
 from esft.errors import DataError
 from tests.command import python_process
 from tests.dataset_hub import NAME, served
-
-
-class Notes:
-    """A reporter that keeps its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def task(self, title: str, total: int, unit: str) -> Any:
-        raise AssertionError("reading has no bar")
+from tests.notes import Notes
 
 
 def texts(path: Path, *values: str) -> Path:

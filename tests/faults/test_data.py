@@ -17,6 +17,7 @@ from esft.recipe_sections import DataSpec
 from esft.run.task_data import TaskData, prepare
 from tests.checkpoints import save_tiny
 from tests.command import esft
+from tests.notes import Notes
 from tests.toy_tokenizers import CHATML, byte_tokenizer
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}\n'
@@ -29,19 +30,6 @@ TOKENIZER = byte_tokenizer(
     pad="<|endoftext|>",
     template=CHATML,
 )
-
-
-class Notes:
-    """A reporter that keeps its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def task(self, title: str, total: int, unit: str) -> Any:
-        raise AssertionError("no progress on a handful of rows")
 
 
 def prepared(path: Path, skip_bad: int = 0, notes: Notes | None = None, **spec: Any) -> TaskData:

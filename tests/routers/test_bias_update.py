@@ -24,20 +24,10 @@ from tests.checkpoints import save_tiny
 from tests.expert_calls import watched
 from tests.families import small
 from tests.models import EXPERTS
-from tests.router_runs import in_batches, wanted, write_rows
+from tests.router_runs import in_batches, wanted
 from tests.test_gates import moderate
 from tests.test_training import metrics
 from tests.training_loop import batches
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny", "qwen3_moe")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from esft.moe import moe_layers
 from esft.recipe import make_recipe, read_recipe
 from esft.recipe_sections import LossSpec
 from esft.routers.losses import device_groups, make_losses
-from tests.checkpoints import save_tiny
 from tests.models import EXPERTS, LAYERS, TOP_K, tiny
-from tests.router_runs import CHOSEN, RATE, Notes, first_loss, in_batches, wanted, write_rows
+from tests.notes import Notes
+from tests.router_runs import CHOSEN, RATE, first_loss, in_batches, wanted
 from tests.test_training import metrics
 
 DEVICES = [[0, 5, 7], [1, 2, 3, 4, 6]]
@@ -38,16 +38,6 @@ WEIGHTS = {
     "router_z": 0.05,
 }
 ALL: dict[str, Any] = {**WEIGHTS, "devices": DEVICES}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny", "qwen3_moe")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def losses_by_hand(routed: list[list[Tensor]]) -> dict[str, Tensor]:
@@ -240,7 +230,7 @@ def test_a_loss_on_frozen_routers_is_warned_of(base: Path, data: Path, tmp_path:
     model = tiny("qwen3_moe").requires_grad_(False)
     spec = LossSpec(load_balance=0.01, router_z=0.1)
     assert make_losses(spec, moe_layers(model), "qwen3_moe", notes) is not None
-    (said,) = notes.said
+    (said,) = notes.notes
     assert "load_balance, router_z: the routers are frozen" in said
     assert "hidden states that earlier trained layers" in said
     assert "router: true" in said
@@ -249,7 +239,7 @@ def test_a_loss_on_frozen_routers_is_warned_of(base: Path, data: Path, tmp_path:
         layer.router.requires_grad_(True)  # type: ignore[union-attr]
     notes = Notes()
     make_losses(spec, moe_layers(model), "qwen3_moe", notes)
-    assert notes.said == []
+    assert notes.notes == []
     assert make_losses(LossSpec(), moe_layers(model), "qwen3_moe", notes) is None
     assert make_losses(None, moe_layers(model), "qwen3_moe", notes) is None
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import esft
 from esft.errors import CheckError, EsftError, RecipeError
-from esft.progress import SilentReporter
 from esft.recipe import make_recipe
 from esft.run import checkpoint
 from esft.run.checkpointing import load_tensors
 from tests.checkpoints import save_tiny
 from tests.command import ROOT, esft_process
+from tests.notes import Notes
 from tests.resumed_runs import (
     STEPS,
     cut_back,
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     shutil.rmtree(run / "delta")
     flip(run / "checkpoints" / "step-000010" / "state.safetensors")
     text = (tmp_path / "recipe.json").read_text().replace(str(complete), str(tmp_path))
-    told = Told()
+    told = Notes()
     esft.train(json.loads(text), run, resume=True, reporter=told)
     assert any(
         "step-000010/state.safetensors: damaged" in note and "going on from step 8" in note
@@ -289,16 +289,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert delta_bytes(run) == delta_bytes(complete / "run")
     assert [saved.step for saved in checkpoint.complete(run / "checkpoints")] == [8, 10]
     checkpoint.SavedState(run / "checkpoints" / "step-000010").check()
-
-
-class Told(SilentReporter):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def test_one_of_the_first_format_is_refused(interrupted: tuple[Path, dict[str, Any]]) -> None:

@@ -11,22 +11,10 @@ from esft.data.example import IGNORED
 from esft.errors import DataError
 from esft.recipe_sections import DataSpec
 from esft.run.task_data import TaskData, data_identity, prepare
+from tests.notes import Notes
 from tests.toy_tokenizers import MISTRAL, byte_tokenizer
 
 TOKENIZER = byte_tokenizer(template=MISTRAL)
-
-
-class Notes:
-    """A reporter that keeps its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def task(self, title: str, total: int, unit: str) -> Any:
-        raise AssertionError("no progress on a handful of rows")
 
 
 def write(path: Path, *rows: Any) -> str:

@@ -14,23 +14,12 @@ from torch.nn.functional import cross_entropy
 import esft
 from esft.moe import moe_layers
 from esft.routers.losses import silence_own_losses
-from tests.checkpoints import save_tiny
 from tests.models import tiny
 from tests.models_of_ours import tiny_models as own_models
-from tests.router_runs import CHOSEN, Notes, first_loss, wanted, write_rows
+from tests.notes import Notes
+from tests.router_runs import CHOSEN, first_loss, wanted
 from tests.test_layouts import model_of
 from tests.training_loop import batches
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny", "qwen3_moe")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl")
-
 
 # The coefficient in the config of a family that has a loss of its own; Grok-1 is a model of esft.
 OWN = {
@@ -64,8 +53,8 @@ def test_a_model_s_own_loss_is_not_added(family: str) -> None:
     silence_own_losses(model, notes)
     found, plain = loss_and_plain(model)
     assert found == pytest.approx(plain, rel=1e-6)
-    assert len(notes.said) == 1
-    assert "output_router_logits" in notes.said[0]
+    assert len(notes.notes) == 1
+    assert "output_router_logits" in notes.notes[0]
 
 
 def test_the_loss_of_a_checkpoint_s_own_code_is_turned_off() -> None:
@@ -75,9 +64,9 @@ def test_the_loss_of_a_checkpoint_s_own_code_is_turned_off() -> None:
         layer.router.alpha = 0.001  # type: ignore[union-attr, assignment]
     silence_own_losses(model, notes)
     assert all(layer.router.alpha == 0 for layer in moe_layers(model))  # type: ignore[union-attr]
-    assert "aux_loss_alpha 0.001" in notes.said[0]
+    assert "aux_loss_alpha 0.001" in notes.notes[0]
     silence_own_losses(tiny("qwen3_moe"), notes)
-    assert len(notes.said) == 1
+    assert len(notes.notes) == 1
 
 
 def test_a_run_of_a_checkpoint_with_its_own_loss(base: Path, data: Path, tmp_path: Path) -> None:
