@@ -68,7 +68,7 @@ def _print(result: DemoResult) -> None:
     console.print(table)
     console.print(facts)
     console.print(
-        "\nFor your own model and task (JSONL with prompt and completion, or messages):\n"
+        "\nFor your own model and task (messages, prompt and completion, alpaca, text, ...):\n"
         "  esft inspect MODEL\n"
         "  esft train MODEL --data train.jsonl --metric token --p 0.2 --out RUN\n"
         "  esft merge MODEL RUN/delta --out MERGED",
