@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from esft_cli import output
+from esft_cli import output, recipe_options
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -28,17 +28,9 @@ def data() -> None:
 
 @app.command("preview")
 def preview(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yaml), or a model with --data."),
-    ],
-    data: Annotated[
-        str | None, typer.Option(help="Training rows, without a recipe.", metavar="FILE|DIR|ID")
-    ] = None,
-    eval_: Annotated[
-        str | None,
-        typer.Option("--eval", help="Test rows, without a recipe.", metavar="FILE|DIR|ID"),
-    ] = None,
+    recipe: recipe_options.RecipeOrModel,
+    data: recipe_options.Data = None,
+    eval_: recipe_options.Eval = None,
     rows: Annotated[int, typer.Option(help="Show so many rows.", metavar="N")] = 3,
     seed: Annotated[
         int | None,
@@ -50,10 +42,7 @@ def preview(
             "--stats", help="Also count: tokens, what is learnt, lengths, what is there twice."
         ),
     ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a recipe's key; repeatable.", metavar="KEY=VALUE"),
-    ] = None,
+    set_: recipe_options.Set = None,
     trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
@@ -62,16 +51,12 @@ def preview(
     What is learnt is coloured; without colours it stands in {+ +}, and special tokens in {= =}.
     """
     from esft.previewing import preview_data
-    from esft.recipe import read_recipe, recipe_from_options
     from esft.recipe_text import Override
 
     chosen: list[str | Override] = list(set_ or [])
     if eval_ is not None:
         chosen.append(Override("--eval", ("data", "eval"), eval_))
-    if data is None:
-        resolved = read_recipe(recipe, chosen)
-    else:
-        resolved = recipe_from_options(recipe, data, chosen)
+    resolved = recipe_options.resolved(recipe, data, chosen)
     found = preview_data(
         resolved, rows=rows, seed=seed, statistics=stats, reporter=output.reporter()
     )

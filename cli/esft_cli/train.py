@@ -7,25 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from esft_cli import output
+from esft_cli import output, recipe_options
 
 if TYPE_CHECKING:
     from esft.run.result import RunResult
 
 
 def train(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yaml), or a model with --data."),
-    ],
+    recipe: recipe_options.RecipeOrModel,
     out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.", metavar="RUN")],
-    data: Annotated[
-        str | None, typer.Option(help="Training rows, without a recipe.", metavar="FILE|DIR|ID")
-    ] = None,
-    eval_: Annotated[
-        str | None,
-        typer.Option("--eval", help="Test rows, without a recipe.", metavar="FILE|DIR|ID"),
-    ] = None,
+    data: recipe_options.Data = None,
+    eval_: recipe_options.Eval = None,
     method: Annotated[
         str | None, typer.Option(help="esft, random, lora or full.", metavar="NAME")
     ] = None,
@@ -50,10 +42,7 @@ def train(
     lr: Annotated[
         float | None, typer.Option(help="Learning rate (training.learning_rate).", metavar="RATE")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a recipe's key; repeatable.", metavar="KEY=VALUE"),
-    ] = None,
+    set_: recipe_options.Set = None,
     skip_bad: Annotated[
         int | None,
         typer.Option(
@@ -84,7 +73,6 @@ def train(
     each of them, as in --set training.per_device_train_batch_size=4.
     """
     import esft
-    from esft.recipe import read_recipe, recipe_from_options
     from esft.recipe_text import Override
 
     options = {
@@ -105,10 +93,7 @@ def train(
         if value is not None
     ]
     chosen += set_ or []
-    if data is None:
-        resolved = read_recipe(recipe, chosen)
-    else:
-        resolved = recipe_from_options(recipe, data, chosen)
+    resolved = recipe_options.resolved(recipe, data, chosen)
     result = esft.train(resolved, out, resume=resume, reporter=output.reporter())
     if json:
         output.print_json(result.to_dict())
