@@ -13,7 +13,7 @@ from esft.data.statistics import SetStatistics, measure
 from esft.loading import load_tokenizer
 from esft.locating import resolve
 from esft.progress import SILENT, Reporter
-from esft.recipe import make_recipe, read_recipe
+from esft.recipe import as_recipe
 from esft.recipe_sections import Recipe
 from esft.run.task_data import prepare
 
@@ -75,10 +75,7 @@ def preview_data(
     Raises:
         RecipeError, DataError, ModelError: as for `esft.train`.
     """
-    if isinstance(recipe, str | Path):
-        recipe = read_recipe(recipe)
-    elif not isinstance(recipe, Recipe):
-        recipe = make_recipe(recipe)
+    recipe = as_recipe(recipe)
     tokenizer = load_tokenizer(resolve(recipe.model, weights=False))
     data = prepare(recipe.data, tokenizer, reporter=reporter)
     figures = None

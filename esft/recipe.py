@@ -85,6 +85,17 @@ def make_recipe(
     return recipe.model_copy(update={"training": training})
 
 
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """Return a recipe given as such, as its keys in a mapping, or as the path of a YAML file.
+
+    Raises:
+        RecipeError: see `read_recipe`.
+    """
+    if isinstance(recipe, str | Path):
+        return read_recipe(recipe)
+    return recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
+
+
 def recipe_from_options(model: str, train: str, overrides: Iterable[str | Override] = ()) -> Recipe:
     """Make a recipe from a model, training rows and overrides.
 

@@ -24,7 +24,7 @@ from esft.locating import resolve
 from esft.methods import make_method
 from esft.moe import inspect, moe_layers, trainable_parameters
 from esft.progress import SILENT, Reporter
-from esft.recipe import make_recipe, read_recipe
+from esft.recipe import as_recipe
 from esft.recipe_sections import CheckpointSpec, Recipe
 from esft.report.card import run_card
 from esft.routers.losses import RouterLosses, check_losses, make_losses, silence_own_losses
@@ -87,10 +87,7 @@ def train(
         EsftError: the run to resume has changed, or training diverged.
     """
     out = Path(out)
-    if isinstance(recipe, str | Path):
-        recipe = read_recipe(recipe)
-    elif not isinstance(recipe, Recipe):
-        recipe = make_recipe(recipe)
+    recipe = as_recipe(recipe)
     refuse_several()
     recipe = with_defaults(recipe)
     with interruptible() as interruption, deterministic(recipe.deterministic):
@@ -138,7 +135,7 @@ class _Run:
         self.base = fingerprint(base)
         self.tokenizer_digest = tokenizer_digest(self.folder)
         if saved is not None:
-            for note in check_same(saved, self._guard(), self._environment(), recipe):
+            for note in check_same(saved, self._guard, self._environment(), recipe):
                 reporter.note(note)
 
     def train(self) -> RunResult:
@@ -228,7 +225,7 @@ class _Run:
             trainer = EsftTrainer(
                 checkpoints=self.out / CHECKPOINTS,
                 spec=self._kept(),
-                guard=self._guard(),
+                guard=self._guard,
                 environment=self._environment(),
                 interruption=self.interruption,
                 metrics=self.out / METRICS,
@@ -266,7 +263,9 @@ class _Run:
                 f"step's {batch:,}: every step sees all of it"
             )
 
+    @functools.cached_property
     def _guard(self) -> dict[str, Any]:
+        """What must be the same on resume; asked for once experts are selected. Reads all data."""
         return guard(self.recipe, self.base, self.selection, self.tokens)
 
     def _environment(self) -> dict[str, Any]:

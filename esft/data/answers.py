@@ -82,8 +82,7 @@ def _by_marks(chat: Chat, turns: list[int]) -> Rendering:
     begins = [
         begin
         for i in turns
-        for begin in (_shared(chat, whole, i, prompts=True) or _shared(chat, whole, i),)
-        if begin is not None
+        if (begin := _shared(chat, whole, i, prompts=True) or _shared(chat, whole, i)) is not None
     ]
     if len(begins) < len(turns):
         # Turns are rendered otherwise alone: the count alone can tell which tag is whose.

@@ -21,6 +21,7 @@ from esft.errors import DataError
 Found = Iterator[tuple[str, dict[str, Any]]]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HEAD = 4096  # bytes
 _ROWS_AT_ONCE = 1000  # of a table
 
 
@@ -88,19 +89,25 @@ def _lines_of_json(file: IO[bytes], path: Path, bad_rows: BadRows) -> Found:
 
 def _json(path: Path, bad_rows: BadRows) -> Found:
     """Read a list of objects; or lines of JSON, which many call .json, too."""
-    with opened(path) as file:
-        data = file.read()
-    text = data.removeprefix(_BYTE_ORDER_MARK).lstrip()
-    if not text.startswith(b"["):
+    if not _begins_a_list(path):
         yield from _json_lines(path, bad_rows)
         return
-    rows = _parse_list(data.removeprefix(_BYTE_ORDER_MARK), path)
-    for index, value in enumerate(rows):
+    with opened(path) as file:
+        data = file.read().removeprefix(_BYTE_ORDER_MARK)
+    for index, value in enumerate(_parse_list(data, path)):
         where = f"{path}[{index}]"
         try:
             yield where, _object(value, where)
         except DataError as error:
             bad_rows.skip(error)
+
+
+def _begins_a_list(path: Path) -> bool:
+    with opened(path) as file:
+        head = file.read(_HEAD).removeprefix(_BYTE_ORDER_MARK).lstrip()
+        while not head and (block := file.read(_HEAD)):
+            head = block.lstrip()
+    return head.startswith(b"[")
 
 
 def _parse_list(data: bytes, path: Path) -> list[Any]:

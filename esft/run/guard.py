@@ -74,11 +74,12 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe where a run is: what may change its last bits though it is the same run."""
+    found = versions()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "processes": 1,
-        **{name: versions()[name] for name in _LIBRARIES},
+        **{name: found[name] for name in _LIBRARIES},
     }
 
 
