@@ -29,7 +29,7 @@ from esft.recipe_sections import CheckpointSpec, Recipe
 from esft.report.card import run_card
 from esft.routers.losses import RouterLosses, check_losses, make_losses, silence_own_losses
 from esft.run import lock as run_lock
-from esft.run.about import About
+from esft.run.about import about_run
 from esft.run.checkpoint import SavedState
 from esft.run.choice import Sampler, given_selection, selection_rule
 from esft.run.determinism import deterministic
@@ -175,9 +175,6 @@ class _Run:
                 self.selection.write(self.out / SELECTION)
             if self.data.bad_rows.skipped:
                 self.data.bad_rows.write(self.out / BAD_ROWS)
-        about = About(
-            self.recipe, self.anatomy, self.tokenizer_digest, self.selection, self.out / SCORES
-        )
         start = time.monotonic()
         with explain_out_of_memory(
             self.recipe, model.device, lambda: f"in step {trainer.state.global_step + 1}"
@@ -190,8 +187,17 @@ class _Run:
                 if self.data.eval_examples
                 else None
             )
+            about = about_run(
+                self.recipe,
+                self.anatomy,
+                self.tokenizer_digest,
+                self.selection,
+                self.out / SCORES,
+                outcome,
+                evaluation,
+            )
             with new_folder(self.out / DELTA) as folder:
-                method.save(prepared, folder, self.base, about(outcome, evaluation))
+                method.save(prepared, folder, self.base, about)
         except Interrupted:
             trainer.saving.save_once()
             raise
