@@ -67,14 +67,8 @@ def make_recipe(
         RecipeError: see `read_recipe`.
     """
     places = places or Places()
-    changed = _plain(value, (), places)
-    if folder is not None:
-        _make_paths_absolute(changed, folder)
-    for item in overrides:
-        override = parse_override(item) if isinstance(item, str) else item
-        places.overridden(override)
-        _apply(changed, override, places)
-    _make_paths_absolute(changed, Path.cwd())
+    changed = overridden(value, overrides, places=places, folder=folder)
+    make_paths_absolute(changed, Path.cwd())
     try:
         recipe = Recipe.model_validate(changed)
     except ValidationError as error:
@@ -83,6 +77,28 @@ def make_recipe(
     training = check_training(recipe.training, places)
     check_best(training, places, early_stopping=recipe.early_stopping is not None)
     return recipe.model_copy(update={"training": training})
+
+
+def overridden(
+    value: Mapping[str, Any],
+    overrides: Iterable[str | Override],
+    *,
+    places: Places,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Return a copy of a recipe's keys with overrides applied; arguments as for `make_recipe`.
+
+    Raises:
+        RecipeError: an override is wrong, or a value is none that JSON has.
+    """
+    changed = _plain(value, (), places)
+    if folder is not None:
+        make_paths_absolute(changed, folder)
+    for item in overrides:
+        override = parse_override(item) if isinstance(item, str) else item
+        places.overridden(override)
+        _apply(changed, override, places)
+    return changed
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -285,7 +301,8 @@ def _check_rule(spec: SelectionSpec, places: Places) -> None:
         raise RecipeError(f"{places.of(('selection', key[0]))}: {text}") from None
 
 
-def _make_paths_absolute(value: dict[str, Any], folder: Path) -> None:
+def make_paths_absolute(value: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a recipe's keys absolute, in place; they are relative to `folder`."""
     data = value.get("data")
     if isinstance(data, dict):
         for key in ("train", "eval"):
