@@ -12,6 +12,7 @@ from esft.errors import ModelError, nearest
 
 TINY_MOE = "tiny-moe"
 TINY_MOE_FOLDER = Path(__file__).parent / "tiny_moe"
+_SHIPPED = f"{TINY_MOE}:"  # before the path of a file that ships with the model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What a checkpoint needs to be loaded; pickled weights are never fetched.
@@ -63,6 +64,16 @@ def resolve(model: str | Path, *, weights: bool = True) -> Path:
     if path.exists() or not _HUB_ID.fullmatch(str(model)):
         raise ModelError(f"{model}: no such folder; give a checkpoint's folder or a hub id")
     return _download(str(model), weights)
+
+
+def locate_shipped(path: str) -> str:
+    """Return where a file or folder that ships lies: `tiny-moe:tasks/dates/train.jsonl`.
+
+    Any other path is returned as it is.
+    """
+    if not path.startswith(_SHIPPED):
+        return path
+    return str(TINY_MOE_FOLDER / path.removeprefix(_SHIPPED))
 
 
 def _download(hub_id: str, weights: bool) -> Path:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from esft.data.sources import is_local
 from esft.errors import RecipeError, SelectionError, nearest
-from esft.locating import TINY_MOE
+from esft.locating import TINY_MOE, locate_shipped
 from esft.recipe_sections import (
     CheckpointSpec,
     DataSpec,
@@ -327,4 +327,4 @@ def _absolute_sources(value: Any, folder: Path) -> Any:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return str((folder / Path(path).expanduser()).resolve())
+    return str((folder / Path(locate_shipped(path)).expanduser()).resolve())

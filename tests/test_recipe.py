@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from esft.errors import EsftError, RecipeError
+from esft.locating import TINY_MOE_FOLDER
 from esft.recipe import (
     DataSpec,
     Recipe,
@@ -393,6 +394,14 @@ def test_paths_are_relative_to_where_they_are_written(
     assert make_recipe({"model": Path("mine"), "data": {"train": Path("t")}}).data.train == str(
         here / "t"
     )
+
+
+def test_what_ships_with_tiny_moe_is_found_wherever_the_recipe_lies(folder: Path) -> None:
+    text = "model: tiny-moe\ndata: {train: [{path: tiny-moe:tasks/dates/train.jsonl}]}\n"
+    recipe = read_recipe(write(folder, text), ["data.eval=tiny-moe:tasks/dates/test.jsonl"])
+    assert [
+        source.path for source in (*recipe.data.sources("train"), *recipe.data.sources("eval"))
+    ] == [str(TINY_MOE_FOLDER / "tasks" / "dates" / name) for name in ("train.jsonl", "test.jsonl")]
 
 
 def test_a_recipe_from_options_is_for_a_model() -> None:

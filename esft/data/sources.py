@@ -18,6 +18,7 @@ from esft.data.readers import Found, data_suffix, is_data_file, read_file
 from esft.data.row import Row
 from esft.errors import DataError, nearest
 from esft.files import sha256_file
+from esft.locating import locate_shipped
 from esft.progress import SILENT, Reporter
 
 # How the files of a folder are called whose author divided them.
@@ -29,7 +30,8 @@ class Source:
     """Rows of one format.
 
     Attributes:
-        path: a file, a folder of files, or a data set of the hub (`owner/name`).
+        path: a file, a folder of files, a data set of the hub (`owner/name`), or what ships with
+            `tiny-moe` (`tiny-moe:tasks/dates/train.jsonl`).
         format: of each row; `auto` is the first row's.
         split: of a data set of the hub, or the beginning of the names of a folder's files.
         config: of a data set of the hub.
@@ -207,7 +209,7 @@ def _find(source: Source, bad_rows: BadRows) -> tuple[Found, list[str]]:
 
 def _files(source: Source) -> tuple[list[Path], list[str]] | None:
     """Return the files of a source and the names of those that are ignored; None of the hub."""
-    path = Path(source.path).expanduser()
+    path = Path(locate_shipped(source.path)).expanduser()
     if not is_local(str(path)):
         return None
     if source.config is not None:

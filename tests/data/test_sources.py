@@ -1,6 +1,7 @@
 """Sources: files, folders, data sets of the hub; what is said of them, and what identifies them."""
 
 import gzip
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from esft.data.hub import read_hub
 from esft.data.rows import read_rows
 from esft.data.sources import Source, identity, is_local, read_source, read_sources
 from esft.errors import DataError
+from esft.locating import TINY_MOE_FOLDER
 from tests.command import python_process
 from tests.dataset_hub import NAME, served
 from tests.notes import Notes
@@ -326,3 +328,21 @@ def test_data_sets_of_the_hub(tmp_path: Path) -> None:
     assert missing.startswith(
         "someone/missing: no such file or folder, and the hub cannot be reached and has no cached"
     )
+
+
+# What ships
+
+
+def test_what_ships_with_tiny_moe_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = TINY_MOE_FOLDER / "tasks" / "dates" / "test.jsonl"
+    shipped = Source("tiny-moe:tasks/dates/test.jsonl")
+    assert [row.prompt for row in read_source(shipped).rows] == [
+        json.loads(line)["prompt"] for line in file.read_text().splitlines()
+    ]
+    assert identity(shipped) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert is_local(shipped.path)
+    with pytest.raises(DataError, match=r"tasks/dtes/test\.jsonl: no such data file"):
+        read_source(Source("tiny-moe:tasks/dtes/test.jsonl"))
