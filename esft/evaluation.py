@@ -25,6 +25,23 @@ _AT_ONCE = 1024  # rows of logits turned into float32 at a time
 _LARGEST_LOSS = 700.0  # e to the power of more is no float
 
 
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """How well a model answers one row.
+
+    Attributes:
+        where: `file:line` of the row.
+        matched: whether greedy decoding would write the reference answer, end included.
+        loss: sum of the answer tokens' negative log-likelihoods, in nats.
+        tokens: how many answer tokens it has, end token included.
+    """
+
+    where: str
+    matched: bool
+    loss: float
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found.
@@ -50,6 +67,22 @@ class Evaluation:
     def perplexity(self) -> float:
         """The exponential of the loss."""
         return math.exp(self.loss)
+
+    @classmethod
+    def of(cls, rows: Sequence[RowScore]) -> Evaluation:
+        """Sum up rows; every token counts the same, whichever row it is in.
+
+        Raises:
+            DataError: no row has an answer token.
+            ModelError: the loss is too large for a perplexity.
+        """
+        tokens = sum(row.tokens for row in rows)
+        if not tokens:
+            raise DataError(f"{rows[0].where}: no row has an answer token to score")
+        loss = math.fsum(row.loss for row in rows) / tokens
+        if loss > _LARGEST_LOSS:
+            raise ModelError(f"the loss is {loss:.3g}: the model's weights are damaged")
+        return cls(len(rows), tokens, sum(row.matched for row in rows), loss)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -103,7 +136,18 @@ def evaluate_model(
     batch_tokens: int = 4096,
     reporter: Reporter = SILENT,
 ) -> Evaluation:
-    """Score a loaded model, in one forward pass a row.
+    """Score a loaded model and sum the rows up; arguments and errors as for `score_rows`."""
+    return Evaluation.of(score_rows(model, examples, batch_tokens=batch_tokens, reporter=reporter))
+
+
+def score_rows(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = 4096,
+    reporter: Reporter = SILENT,
+) -> list[RowScore]:
+    """Score a loaded model row by row, in one forward pass a row; in the order given.
 
     A row matches exactly if greedy decoding, given the prompt, would write the reference answer
     token for token and stop: if at each answer token the reference is the likeliest next token
@@ -131,33 +175,24 @@ def evaluate_model(
         raise EsftError(f"--batch-tokens {batch_tokens}: expected at least 1")
     was_training = model.training
     model.eval()
-    matched = tokens = 0
-    loss = 0.0
+    scores: dict[int, RowScore] = {}
     try:
         with torch.no_grad(), reporter.task("scoring", len(examples), "row") as task:
             for rows in batches([len(example.input_ids) for example in examples], batch_tokens):
                 batch = [examples[row] for row in rows]
-                rows_right, batch_loss = _score(model, batch)
-                if not math.isfinite(batch_loss):
+                scores |= zip(rows, _score(model, batch), strict=True)
+                if not math.isfinite(sum(scores[row].loss for row in rows)):
                     raise ModelError(
                         f"{batch[0].where}: the model's logits for this row, or one scored with "
                         f"it, are NaN or infinite; its weights are damaged or training diverged"
                     )
-                matched += rows_right
-                loss += batch_loss
-                tokens += sum(example.supervised for example in batch)
                 task.advance(len(batch), tokens=sum(len(e.input_ids) for e in batch))
     finally:
         model.train(was_training)
-    if not tokens:
-        raise DataError(f"{examples[0].where}: no row has an answer token to score")
-    if loss / tokens > _LARGEST_LOSS:
-        raise ModelError(f"the loss is {loss / tokens:.3g}: the model's weights are damaged")
-    return Evaluation(rows=len(examples), tokens=tokens, matched=matched, loss=loss / tokens)
+    return [scores[row] for row in range(len(examples))]
 
 
-def _score(model: Any, batch: list[Example]) -> tuple[int, float]:
-    """Return how many rows of a batch match, and the sum of their tokens' losses."""
+def _score(model: Any, batch: list[Example]) -> list[RowScore]:
     device = model.device
     ids_BS, real_BS = padded([example.input_ids for example in batch])
     # Nothing predicts the first token.
@@ -175,22 +210,28 @@ def _score(model: Any, batch: list[Example]) -> tuple[int, float]:
         logits_BPV = model(**inputs, use_cache=False).logits[:, kept_P.to(device)]
     row_N, place_N = predicts_BS[:, kept_P].nonzero(as_tuple=True)
     target_N = ids_BS[row_N, kept_P[place_N] + 1]
-    right_N, loss = _compare(logits_BPV, row_N.to(device), place_N.to(device), target_N.to(device))
-    wrong_rows = row_N[~right_N].unique()
-    return len(batch) - len(wrong_rows), loss
+    right_N, loss_N = _compare(
+        logits_BPV, row_N.to(device), place_N.to(device), target_N.to(device)
+    )
+    wrong = set(row_N[~right_N].tolist())
+    losses_B = torch.zeros(len(batch), dtype=torch.float64).index_add(0, row_N, loss_N)
+    return [
+        RowScore(example.where, number not in wrong, loss, example.supervised)
+        for number, (example, loss) in enumerate(zip(batch, losses_B.tolist(), strict=True))
+    ]
 
 
 def _compare(
     logits_BPV: Tensor, row_N: Tensor, place_N: Tensor, target_N: Tensor
-) -> tuple[Tensor, float]:
-    """Return which of N predictions are right, on the CPU, and the sum of their losses in nats."""
+) -> tuple[Tensor, Tensor]:
+    """Return which of N predictions are right, and their losses in nats (float64), on the CPU."""
     right: list[Tensor] = []
-    loss = 0.0
+    losses: list[Tensor] = []
     for row, place, target in zip(
         row_N.split(_AT_ONCE), place_N.split(_AT_ONCE), target_N.split(_AT_ONCE), strict=True
     ):
         logits = logits_BPV[row, place].float()
         reference = logits.gather(1, target[:, None]).squeeze(1)
         right.append((logits.argmax(dim=1) == target).cpu())
-        loss += (logits.logsumexp(dim=1) - reference).sum(dtype=torch.float64).item()
-    return torch.cat(right), loss
+        losses.append((logits.logsumexp(dim=1) - reference).cpu().double())
+    return torch.cat(right), torch.cat(losses)

@@ -81,7 +81,7 @@ def preview_data(
     figures = None
     if statistics:
         figures = measure(
-            data.examples, data.fitted, data.train_set, recipe.data.max_length, data.eval_examples
+            data.examples, data.fitted, data.train_set, recipe.data.max_length, data.eval.examples
         )
     return Preview(
         recipe=recipe,

@@ -22,6 +22,7 @@ from esft.recipe_sections import (
     CheckpointSpec,
     DataSpec,
     EarlyStoppingSpec,
+    EvaluationSpec,
     LoraSpec,
     LossSpec,
     Recipe,
@@ -75,7 +76,12 @@ def make_recipe(
         raise RecipeError(_explain(error, places)) from None
     _check_together(recipe, places)
     training = check_training(recipe.training, places)
-    check_best(training, places, early_stopping=recipe.early_stopping is not None)
+    check_best(
+        training,
+        places,
+        evaluation=recipe.evaluation,
+        early_stopping=recipe.early_stopping is not None,
+    )
     return recipe.model_copy(update={"training": training})
 
 
@@ -187,12 +193,14 @@ def _known(key: Key) -> list[str]:
         ("data",): DataSpec,
         ("selection",): SelectionSpec,
         ("train",): TrainSpec,
+        ("evaluation",): EvaluationSpec,
         ("lora",): LoraSpec,
         ("checkpoints",): CheckpointSpec,
         ("losses",): LossSpec,
         ("early_stopping",): EarlyStoppingSpec,
     }
-    section = SourceSpec if key[:2] in (("data", "train"), ("data", "eval")) else Recipe
+    holders = (("data", "train"), ("data", "eval"), ("data", "test"), ("evaluation", "general"))
+    section = SourceSpec if key[:2] in holders else Recipe
     return list(sections.get(key, section).model_fields)
 
 
@@ -305,9 +313,17 @@ def make_paths_absolute(value: dict[str, Any], folder: Path) -> None:
     """Make the paths in a recipe's keys absolute, in place; they are relative to `folder`."""
     data = value.get("data")
     if isinstance(data, dict):
-        for key in ("train", "eval"):
+        for key in ("train", "eval", "test"):
             if key in data:
                 data[key] = _absolute_sources(data[key], folder)
+    evaluation = value.get("evaluation")
+    if isinstance(evaluation, dict):
+        general = evaluation.get("general")
+        if isinstance(general, dict):
+            sources = {name: _absolute_sources(item, folder) for name, item in general.items()}
+            evaluation["general"] = sources
+        elif isinstance(general, str):
+            evaluation["general"] = _absolute(general, folder)
     if isinstance(value.get("selection"), str):
         value["selection"] = _absolute(value["selection"], folder)
     model = value.get("model")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from esft.data.formats import FormatOrAuto
 from esft.data.mixture import StoppingStrategy
+from esft.measures.metric import MetricName
 from esft.recipe_text import to_yaml
 
 
@@ -79,6 +80,7 @@ class DataSpec(_Strict):
 
     train: Sources
     eval: Sources | None = None
+    test: Sources | None = None
     format: FormatOrAuto = "auto"
     stopping_strategy: StoppingStrategy = "first_exhausted"
     seed: int = 0
@@ -90,12 +92,31 @@ class DataSpec(_Strict):
     truncation: Literal["drop", "error", "keep_end", "split"] = "drop"
     packing: bool = True
 
-    def sources(self, which: Literal["train", "eval"]) -> list[SourceSpec]:
+    def sources(self, which: Literal["train", "eval", "test"]) -> list[SourceSpec]:
         """Return the sources of a task set, each with its format; none if there is no such set."""
         given = getattr(self, which)
         listed = given if isinstance(given, list) else [] if given is None else [given]
         specs = [SourceSpec(path=item) if isinstance(item, str) else item for item in listed]
         return [spec.model_copy(update={"format": spec.format or self.format}) for spec in specs]
+
+
+class EvaluationSpec(_Strict):
+    """What a run is scored by, while it trains and once it has.
+
+    Attributes:
+        metrics: of the rows of `data.eval` and `data.test`; the first is the task's score.
+        max_new_tokens: an answer's at most, where a metric needs it as text.
+        general: rows of other domains, whose loss tells what was forgotten: a folder of files,
+            each a domain of that name, or domains by name.
+        max_rows: score only the first rows of `data.eval`, and of `data.test`.
+        general_max_rows: score only the first rows of each domain.
+    """
+
+    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
+    max_new_tokens: int = Field(default=64, gt=0)
+    general: str | dict[str, str | SourceSpec] | None = None
+    max_rows: int | None = Field(default=None, gt=0)
+    general_max_rows: int | None = Field(default=None, gt=0)
 
 
 class LoraSpec(_Strict):
@@ -151,6 +172,7 @@ class Recipe(_Strict):
     method: Literal["esft", "random", "lora", "full"] = "esft"
     selection: str | SelectionSpec | None = None
     data: DataSpec
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     train: TrainSpec | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     lora: LoraSpec | None = None

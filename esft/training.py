@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from esft.data.isolation import check_isolation
 from esft.data.packing import collate
 from esft.delta import read_delta
 from esft.errors import EsftError, RecipeError
-from esft.evaluation import evaluate_model
-from esft.files import new_folder, refuse_existing, write_text
+from esft.files import new_folder, refuse_existing, write_json, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
 from esft.inference import check_vocabulary
 from esft.loading import load_model, load_tokenizer, refuse_quantised
@@ -42,8 +40,10 @@ from esft.run.folder import (
     DIVERGED,
     METRICS,
     RECIPE,
+    RESULT,
     SCORES,
     SELECTION,
+    TEST_ANSWERS,
 )
 from esft.run.guard import check_same, environment, guard, tokens_digest
 from esft.run.interruption import Interrupted, Interruption, interruptible
@@ -56,6 +56,7 @@ from esft.run.recomputation import recompute_layers
 from esft.run.reporting import reporting
 from esft.run.result import RunResult
 from esft.run.resuming import explain_interruption, to_resume
+from esft.run.scoring import Scorer
 from esft.run.task_data import prepare
 from esft.run.trainer import EsftTrainer
 from esft.selection import select
@@ -72,7 +73,8 @@ def train(
     """Train a model by a recipe and save what training changed.
 
     `out` gets the resolved recipe, scores and selection (where experts are selected),
-    `metrics.jsonl`, `checkpoints/` (if `save_strategy` is set), the delta and a card.
+    `metrics.jsonl`, `checkpoints/` (if `save_strategy` is set), the delta, a card and, as its last
+    file, `result.json`: a run that has one is finished.
 
     Args:
         recipe: a recipe, its keys as a mapping, or the path of a YAML file.
@@ -129,7 +131,10 @@ class _Run:
         base = open_checkpoint(self.folder)
         self.selection = given_selection(recipe, self.anatomy, out if saved else None)
         self.tokenizer = load_tokenizer(self.folder)
-        self.data = prepare(recipe.data, self.tokenizer, reporter=reporter)
+        self.data = prepare(
+            recipe.data, self.tokenizer, evaluation=recipe.evaluation, reporter=reporter
+        )
+        self.scorer = Scorer(recipe.evaluation, self.data)
         self.tokens = tokens_digest(self.data.train_set)
         # Read before training: should the base change or vanish meanwhile, nothing is lost.
         self.base = fingerprint(base)
@@ -175,18 +180,15 @@ class _Run:
                 self.selection.write(self.out / SELECTION)
             if self.data.bad_rows.skipped:
                 self.data.bad_rows.write(self.out / BAD_ROWS)
-        start = time.monotonic()
         with explain_out_of_memory(
             self.recipe, model.device, lambda: f"in step {trainer.state.global_step + 1}"
         ):
             outcome = trainer.run(self.saved)
-        seconds = time.monotonic() - start
+        seconds = trainer.clock.train_seconds
         try:
-            evaluation = (
-                evaluate_model(prepared, self.data.eval_examples, reporter=self.reporter)
-                if self.data.eval_examples
-                else None
-            )
+            evaluation = self.scorer.evaluation(prepared, self.reporter)
+            test = self.scorer.test(prepared, self.reporter)
+            general = self.scorer.general(prepared, self.reporter)
             about = about_run(
                 self.recipe,
                 self.anatomy,
@@ -196,7 +198,8 @@ class _Run:
                 outcome,
                 evaluation,
             )
-            with new_folder(self.out / DELTA) as folder:
+            # One may be there, of a run that was ended before it had a result.
+            with new_folder(self.out / DELTA, replace=True) as folder:
                 method.save(prepared, folder, self.base, about)
         except Interrupted:
             trainer.saving.save_once()
@@ -208,7 +211,8 @@ class _Run:
             steps=outcome.steps,
             best_step=outcome.best,
             seconds=seconds,
-            tokens_per_second=trainer.tokens_seen / seconds,
+            step_seconds=trainer.clock.step_seconds,
+            tokens_per_second=trainer.state.num_input_tokens_seen / seconds,
             train_loss=outcome.loss,
             trained=trained,
             total=self.anatomy.total,
@@ -219,8 +223,13 @@ class _Run:
             delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
             peak_memory=peak_memory(model.device),
             evaluation=evaluation,
+            test=test,
+            general=general,
         )
         write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
+        if test is not None:
+            test.write(self.out / TEST_ANSWERS)
+        write_json(self.out / RESULT, result.to_dict())
         return result
 
     def _trainer(self, prepared: nn.Module, losses: RouterLosses | None) -> EsftTrainer:
@@ -243,7 +252,8 @@ class _Run:
                 args=self.arguments,
                 train_set=self.data.train_set,
                 collate=functools.partial(collate, pad_id=self.data.pad_id),
-                eval_dataset=self.data.eval_examples,
+                score=self.scorer.while_training,
+                eval_dataset=self.data.eval.examples,
             )
             # Now instead of in its `train`: an optimizer may be unknown or not installed.
             trainer.create_optimizer()

@@ -47,7 +47,7 @@ def delta_bytes(run: Path) -> bytes:
 def logged(run: Path) -> list[Any]:
     """What was logged, less what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    changing = {"seconds", "peak_memory"}
+    changing = {"seconds", "train_seconds", "peak_memory"}
     return [
         {key: value for key, value in line.items() if key not in changing}
         for line in lines
@@ -59,6 +59,7 @@ def cut_back(run: Path, step: int) -> None:
     """Leave of a complete run what one killed after the checkpoint of `step` leaves."""
     shutil.rmtree(run / "delta")
     (run / "README.md").unlink()
+    (run / "result.json").unlink()
     for folder in (run / "checkpoints").iterdir():
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)

@@ -150,8 +150,8 @@ def test_bf16_computes_and_fp32_trains(
 def test_what_is_logged(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticks = count()  # a second passes whenever the trainer looks
-    monkeypatch.setattr("esft.run.trainer.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    ticks = count()  # a second passes whenever the clock is read
+    monkeypatch.setattr("esft.run.clock.time", SimpleNamespace(monotonic=lambda: next(ticks)))
     shown = io.StringIO()
     reporter = ConsoleReporter(Console(file=shown, force_terminal=True, width=200))
     steps = {"save_strategy": "steps", "save_steps": 3}

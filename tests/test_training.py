@@ -84,7 +84,7 @@ def test_a_run(base: Path, data: Path, tmp_path: Path, method: str) -> None:
     wanted = recipe(base, data, method=method, save_strategy="steps", save_steps=8)
     wanted["data"]["eval"] = data
     result = esft.train(wanted, run)
-    files = {"README.md", "checkpoints", "delta", "metrics.jsonl", "recipe.yaml"}
+    files = {"README.md", "checkpoints", "delta", "metrics.jsonl", "recipe.yaml", "result.json"}
     picks = method in ("esft", "random")
     assert {item.name for item in run.iterdir()} == files | (
         {"scores.json", "selection.json"} if picks else set()

@@ -65,7 +65,9 @@ class Checkpoints(TrainerCallback):
         """Make `train` go on from a checkpoint, and return the loop's state that it holds."""
         self._resumed = saved
         self._saved_step = saved.step
-        self._cursor = Cursor(**saved.read("loop")["cursor"])
+        loop = saved.read("loop")
+        self._cursor = Cursor(**loop["cursor"])
+        self._trainer.clock.start(loop["clock"])
         return TrainerState.load_from_json(str(saved.folder / checkpoint.TRAINER))
 
     def save(self) -> None:
@@ -96,6 +98,7 @@ class Checkpoints(TrainerCallback):
                     "loss": trainer._tr_loss,
                     "loss_sum": trainer._total_loss_scalar,
                     "last_logged": trainer._globalstep_last_logged,
+                    "clock": trainer.clock.state(),
                 },
             },
             trainer=dataclasses.asdict(state),

@@ -13,13 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from esft.errors import RecipeError, nearest
 from esft.loading import pick_device
+from esft.measures.domains import domain_names
 from esft.recipe_text import Places
 from esft.run.reporting import PROJECT
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from esft.recipe import Recipe
+    from esft.recipe_sections import EvaluationSpec, Recipe
 
 # Where a recipe is silent. The learning rates are the paper's for its 16 B model
 # (arXiv 2407.01906, section 4.1).
@@ -30,6 +31,7 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",
 }
 _LEARNING_RATES = {"esft": 1e-5, "random": 1e-5, "lora": 1e-4, "full": 3e-5}
+_LEARNING_RATES["hot-lora"] = _LEARNING_RATES["lora"]
 # The trainer is not told: `esft.run.recomputation` does it.
 _NOT_PASSED_ON = ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 
@@ -125,8 +127,6 @@ _RENAMED = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 METRIC = "metric_for_best_model"
-# What an evaluation reports, and whether more of it is better.
-GREATER_IS_BETTER = {"eval_loss": False, "eval_exact_match": True, "eval_perplexity": False}
 _NEEDS_SCORES = {METRIC: None, "load_best_model_at_end": False}
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that wait for a metric
 _ABOVE_ZERO = (
@@ -210,17 +210,46 @@ def _check_optimizer(name: str, place: str) -> None:
         raise RecipeError(f"{place}: {name} needs bitsandbytes: pip install bitsandbytes")
 
 
+def logged_names(evaluation: EvaluationSpec) -> list[str]:
+    """Return the names of what an evaluation logs.
+
+    Raises:
+        DataError: the folder of other domains cannot be read.
+    """
+    scores = dict.fromkeys(f"eval_{name}" for name in ("exact_match", *evaluation.metrics))
+    losses = [f"eval_general_{name}_loss" for name in domain_names(evaluation.general)]
+    return [
+        "eval_loss",
+        *scores,
+        "eval_perplexity",
+        *(["eval_general_loss"] if losses else []),
+        *losses,
+    ]
+
+
+def greater_is_better(metric: str) -> bool:
+    """Return whether more of what an evaluation logs by this name is better."""
+    return not metric.endswith(("_loss", "_perplexity"))
+
+
 def full_name(metric: str) -> str:
     """Return a metric's name as it is logged; `eval_` may be left out in a recipe."""
     return metric if metric.startswith("eval_") else f"eval_{metric}"
 
 
-def check_best(training: Mapping[str, Any], places: Places, *, early_stopping: bool) -> None:
+def check_best(
+    training: Mapping[str, Any],
+    places: Places,
+    *,
+    evaluation: EvaluationSpec,
+    early_stopping: bool,
+) -> None:
     """Check what looks for the best step: there must be scores, and checkpoints of those steps.
 
     Args:
         training: the section, after `check_training`.
         places: finds the line of a key for messages.
+        evaluation: the recipe's section: what an evaluation logs.
         early_stopping: whether the recipe stops early.
 
     Raises:
@@ -228,11 +257,10 @@ def check_best(training: Mapping[str, Any], places: Places, *, early_stopping: b
             best step would have no checkpoint.
     """
     metric = training.get(METRIC)
-    if metric is not None and full_name(metric) not in GREATER_IS_BETTER:
+    if metric is not None and full_name(metric) not in (known := logged_names(evaluation)):
         raise RecipeError(
             f"{places.of(('training', METRIC))}: no metric is called {metric}"
-            f"{nearest(full_name(metric), GREATER_IS_BETTER)}; known are "
-            f"{', '.join(GREATER_IS_BETTER)}"
+            f"{nearest(full_name(metric), known)}; known are {', '.join(known)}"
         )
     scored = str(training.get("eval_strategy", "no"))
     if scored == "no":
@@ -267,7 +295,7 @@ def with_defaults(recipe: Recipe) -> Recipe:
         metric = full_name(training.get(METRIC) or "eval_loss")
         training[METRIC] = metric
         if training.get("greater_is_better") is None:
-            training["greater_is_better"] = GREATER_IS_BETTER[metric]
+            training["greater_is_better"] = greater_is_better(metric)
     return recipe.model_copy(update={"training": training})
 
 

@@ -1,6 +1,14 @@
 """The names of a run's files."""
 
+from pathlib import Path
+
 RECIPE, SELECTION, SCORES = "recipe.yaml", "selection.json", "scores.json"
 METRICS, CHECKPOINTS, DELTA, CARD = "metrics.jsonl", "checkpoints", "delta", "README.md"
 DIVERGED = "diverged.json"
 BAD_ROWS = "bad_rows.jsonl"
+RESULT, TEST_ANSWERS = "result.json", "test.jsonl"
+
+
+def is_complete(run: Path) -> bool:
+    """Return whether a run is finished: its result is written last."""
+    return (run / RESULT).exists() and (run / DELTA).exists()

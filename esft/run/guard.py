@@ -16,13 +16,13 @@ from esft.fingerprint import Fingerprint
 from esft.manifest import versions
 from esft.recipe_sections import Recipe
 from esft.run.checkpoint import SavedState
-from esft.run.task_data import data_identity
+from esft.run.task_data import data_identity, general_identity
 
 if TYPE_CHECKING:
     from esft.selection import Selection
 
 # Where files lie may change, what is in them may not; nor does what is kept change any bit.
-_ELSEWHERE = {"device", "model", "data", "checkpoints"}
+_ELSEWHERE = ("device", "model", "data", "checkpoints")
 _LINES = 20  # of a difference; a base has thousands of tensors
 _LIBRARIES = ("esft", "torch", "transformers")
 
@@ -42,6 +42,7 @@ def guard(
         **recipe_identity(recipe),
         "base": base,
         "data": data_identity(recipe.data) | {"tokens": tokens},
+        "general": general_identity(recipe.evaluation),
         "selection": None if selection is None else _selected(selection),
     }
 
@@ -68,8 +69,10 @@ def tokens_digest(train_set: TrainSet) -> str:
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe, with every default filled in, less where files lie."""
-    elsewhere = _ELSEWHERE | ({"selection"} if isinstance(recipe.selection, str) else set())
-    return {"recipe": recipe.model_dump(exclude=elsewhere)}
+    elsewhere: dict[str, Any] = dict.fromkeys(_ELSEWHERE, True)
+    if isinstance(recipe.selection, str):
+        elsewhere["selection"] = True
+    return {"recipe": recipe.model_dump(exclude=elsewhere | {"evaluation": {"general"}})}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def _files(recipe: Recipe) -> dict[str, str]:
     files = {"base.": recipe.model}
     if isinstance(recipe.selection, str):
         files["selection."] = recipe.selection
-    for key in ("train", "eval"):
+    for key in ("train", "eval", "test"):
         if isinstance(place := getattr(recipe.data, key), str):
             files[f"data.{key}."] = place
     return files

@@ -9,6 +9,7 @@ from typing import Any
 from esft.evaluation import Evaluation
 from esft.run.drift import Drift
 from esft.run.movement import Moved
+from esft.run.scoring import TestScores
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class RunResult:
         method: `esft`, `random`, `lora` or `full`.
         steps: optimizer steps done, earlier parts of a resumed run included.
         best_step: the step whose weights the delta has, if it is the best one's and not the last.
-        seconds: of training, in this process.
+        seconds: of training, evaluations not counted, earlier parts of a resumed run included.
+        step_seconds: median over the last thousand steps, evaluations not counted; None if this
+            process, and those before it, noted none.
         tokens_per_second: tokens trained on, padding included where rows are packed.
         train_loss: mean over the steps of this process; None if none was left to do.
         trained: parameters that train.
@@ -35,6 +38,8 @@ class RunResult:
         delta_bytes: size of the delta's weights on disk.
         peak_memory: of the device, or of the process on a CPU.
         evaluation: the trained model on `data.eval`, if given.
+        test: the trained model on `data.test`, if given.
+        general: the trained model's loss on each other domain, in nats a token, if any is given.
     """
 
     out: Path
@@ -43,6 +48,7 @@ class RunResult:
     steps: int
     best_step: int | None
     seconds: float
+    step_seconds: float | None
     tokens_per_second: float
     train_loss: float | None
     trained: int
@@ -54,11 +60,13 @@ class RunResult:
     delta_bytes: int
     peak_memory: int
     evaluation: Evaluation | None
+    test: TestScores | None = None
+    general: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
         found = {**vars(self), "out": str(self.out), "delta": str(self.delta)}
-        for name in ("moved", "stored_moved", "drift", "evaluation"):
+        for name in ("moved", "stored_moved", "drift", "evaluation", "test"):
             part = getattr(self, name)
             found[name] = None if part is None else part.to_dict()
         return found

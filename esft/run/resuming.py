@@ -10,7 +10,15 @@ from esft.progress import Reporter
 from esft.recipe import read_recipe
 from esft.recipe_sections import Recipe
 from esft.run.checkpoint import SavedState, last, whole
-from esft.run.folder import CHECKPOINTS, DELTA, DIVERGED, METRICS, RECIPE
+from esft.run.folder import (
+    CHECKPOINTS,
+    DELTA,
+    DIVERGED,
+    METRICS,
+    RECIPE,
+    RESULT,
+    is_complete,
+)
 from esft.run.guard import differences, recipe_identity
 from esft.run.interruption import Interrupted
 
@@ -32,9 +40,10 @@ def to_resume(out: Path, recipe: Recipe, reporter: Reporter) -> SavedState | Non
         CheckError: all of its checkpoints are damaged.
         EsftError: there is nothing to go on with.
     """
-    if (out / DELTA).exists():
+    if is_complete(out):
         raise OutputError(f"{out / DELTA}: this run is complete; there is nothing to resume")
     remove_unfinished(out)
+    (out / RESULT).unlink(missing_ok=True)  # of a delta that was deleted since
     try:
         saved, damaged = whole(out / CHECKPOINTS)
     except LookupError:
@@ -50,7 +59,7 @@ def to_resume(out: Path, recipe: Recipe, reporter: Reporter) -> SavedState | Non
 
 def explain_interruption(interrupted: Interrupted, out: Path) -> None:
     """Say in an interruption how to go on."""
-    if (out / DELTA).exists():
+    if is_complete(out):
         interrupted.message = f"{interrupted}; the run is complete: {out / DELTA}"
         return
     saved = last(out / CHECKPOINTS)

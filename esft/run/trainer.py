@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from esft.data.numbered import ITEMS, Numbered
 from esft.data.packing import TrainSet
 from esft.errors import EsftError, RecipeError
-from esft.evaluation import evaluate_model
 from esft.files import write_text
 from esft.moe import trainable_parameters
 from esft.progress import SILENT, Reporter
@@ -23,6 +21,7 @@ from esft.recipe_sections import CheckpointSpec, EarlyStoppingSpec
 from esft.routers.losses import RouterLosses
 from esft.run.checkpoint import SavedState, best
 from esft.run.checkpointing import Checkpoints, stopped_early
+from esft.run.clock import Clock
 from esft.run.divergence import FiniteSteps, diverged
 from esft.run.early_stopping import EarlyStopping
 from esft.run.interruption import Interruption
@@ -58,10 +57,15 @@ class EsftTrainer(Trainer):
         diverged: file that is written if the loss or the gradient is not finite.
         losses: of routers, added to the task's.
         early_stopping: when to stop before the last step.
+        score: scores the model by the names that an evaluation logs.
         train_set: what to learn from.
         collate: makes a batch of its items.
         reporter: shown the progress.
-        options: as for `Trainer`; `eval_dataset` are examples.
+        options: as for `Trainer`; of `eval_dataset` only its presence counts.
+
+    Attributes:
+        clock: the time that training took, without evaluations.
+        tokens_seen: tokens trained on in this process.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class EsftTrainer(Trainer):
         diverged: Path,
         losses: RouterLosses | None = None,
         early_stopping: EarlyStoppingSpec | None = None,
+        score: Callable[[Any], dict[str, float]],
         train_set: TrainSet,
         collate: Callable[..., dict[str, Any]],
         reporter: Reporter = SILENT,
@@ -101,12 +106,14 @@ class EsftTrainer(Trainer):
         self.checkpoints, self.metrics = checkpoints, metrics
         self.tokens_seen = 0
         self._finite = FiniteSteps(train_set.where, diverged)
-        self._began = time.monotonic()
+        self._score = score
+        self.clock = Clock()
         self._progress = Progress(self, reporter)
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(Metrics(metrics))
         self.add_callback(self._progress)
+        self.add_callback(self.clock)
         self.losses = losses
         if losses is not None:
             self.add_callback(losses)
@@ -125,7 +132,7 @@ class EsftTrainer(Trainer):
             OutputError: the disk is full.
             Interrupted: a signal came; a checkpoint of the last step is there.
         """
-        self._began = time.monotonic()
+        self.clock.start()
         trained = self._run(saved)
         if not self.args.load_best_model_at_end:
             return trained
@@ -143,8 +150,6 @@ class EsftTrainer(Trainer):
             state = self.saving.start_from(saved)
             # Steps after the checkpoint are logged again.
             write_text(self.metrics, "".join(log_line(logs) for logs in state.log_history))
-            if state.log_history:
-                self._began -= state.log_history[-1]["seconds"]
             if state.global_step >= state.max_steps or stopped_early(state):
                 # Killed after its last step; transformers would do one more.
                 self.state = state
@@ -195,7 +200,8 @@ class EsftTrainer(Trainer):
         self._finite.check()
         so_far = {
             "tokens": self.state.num_input_tokens_seen,
-            "seconds": round(time.monotonic() - self._began, 3),
+            "seconds": round(self.clock.seconds, 3),
+            "train_seconds": round(self.clock.train_seconds, 3),
             "peak_memory": peak_memory(self.args.device),
         }
         if self.losses is not None and "loss" in logs:
@@ -237,14 +243,10 @@ class EsftTrainer(Trainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Score the model on the test rows and log the result."""
+        """Score the model and log the result; the time it takes is not counted as training."""
         self._finite.check()
-        found = evaluate_model(self.model, self.eval_dataset)
-        metrics = {
-            "eval_loss": found.loss,
-            "eval_exact_match": found.exact_match,
-            "eval_perplexity": found.perplexity,
-        }
+        with self.clock.paused():
+            metrics = self._score(self.model)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -228,7 +228,7 @@ def test_d4_test_rows_that_are_training_rows(tmp_path: Path, shared: int) -> Non
     train.write_bytes(b"".join(lines[:40]))
     test.write_bytes(b"".join(lines[40 - shared : 80 - shared]))
     data = prepared(train, 0, notes, eval=str(test))
-    assert len(data.eval_examples) == 40
+    assert len(data.eval.examples) == 40
     (said,) = (note for note in notes.notes if "data.eval" in note)
     assert re.match(rf"{shared} of 40 rows of data\.eval are in data\.train, too", said)
     if shared == 40:

@@ -178,7 +178,7 @@ def test_turns_learnt_are_those_asked_for_also_of_test_rows(tmp_path: Path) -> N
     ):
         data = prepared(train=train, eval=train, **spec)
         assert learnt(data, 0) == " assistant</s>" * turns
-        (example,) = data.eval_examples
+        (example,) = data.eval.examples
         assert example.labels() == data.train_set[0]["labels"]
 
 
