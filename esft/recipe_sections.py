@@ -80,6 +80,7 @@ class DataSpec(_Strict):
 
     train: Sources
     eval: Sources | None = None
+    eval_rows: int | None = Field(default=None, gt=0)
     test: Sources | None = None
     format: FormatOrAuto = "auto"
     stopping_strategy: StoppingStrategy = "first_exhausted"
