@@ -41,7 +41,7 @@ def _esft(description: str, **parts: Any) -> ComparedMethod:
 
 def _selected(description: str, method: str, **rule: Any) -> ComparedMethod:
     keys: dict[str, Any] = {"method": method, "lora": None, "train": None}
-    return ComparedMethod(description, keys | ({"selection": rule} if rule else {}))
+    return ComparedMethod(description, keys | {"selection": {"random_from": None, **rule}})
 
 
 METHODS: dict[str, ComparedMethod] = {
@@ -54,9 +54,31 @@ METHODS: dict[str, ComparedMethod] = {
     "random": _selected(
         "control: as many experts per layer as the rule picks, drawn from all", "random"
     ),
+    "random-unselected": _selected(
+        "control: as many experts per layer as the rule picks, drawn from those it leaves out",
+        "random",
+        random_from="unselected",
+    ),
     "lora": ComparedMethod(
         "PEFT's LoRA on attention and all experts; rank 8, alpha 16 unless the recipe says so",
-        {"method": "lora", **_NO_SELECTION},
+        {"method": "lora", "lora": {"match": None}, **_NO_SELECTION},
+    ),
+    "lora-matched": ComparedMethod(
+        "the same with the rank whose adapter has about the bytes of ESFT's delta",
+        {
+            "method": "lora",
+            "lora": {"match": "esft", "r": None, "alpha": None},
+            "train": None,
+            "param_dtype": None,
+        },
+    ),
+    "hot-lora": ComparedMethod(
+        "LoRA on the selected experts, and nothing else; rank 8, alpha 16 likewise",
+        {
+            "method": "hot-lora",
+            "lora": {"match": None, "target_modules": None, "target_parameters": None},
+            "train": None,
+        },
     ),
     "full": ComparedMethod(
         "every parameter trains", {"method": "full", "lora": None, **_NO_SELECTION}

@@ -9,18 +9,10 @@ from typing import Any
 
 from esft.errors import DataError
 from esft.files import read_json, write_json
+from esft.measures.interval import Interval
 
 FORMAT = "esft-comparison/1"
 FILE = "comparison.json"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and its 95 % bootstrap confidence interval over the rows that it is the mean of."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Outcome:
         step_seconds: median over the steps, in seconds.
         tokens_per_second: of training.
         peak_memory: bytes.
-        flops: of training, by formula; see `esft.comparison.flops`.
+        flops: of training, by formula (`esft.comparison.flops`); None where there is none for it.
         selection: layer -> experts that trained, best first; None where none were selected.
         drift: how the selected experts' share of the gate scores changed; `Drift.to_dict`.
     """
@@ -79,7 +71,7 @@ class Outcome:
     step_seconds: float
     tokens_per_second: float
     peak_memory: int
-    flops: float
+    flops: float | None
     selection: dict[int, list[int]] | None = None
     drift: dict[str, Any] | None = None
 
@@ -154,9 +146,13 @@ class Comparison:
         ]
         return sorted(found, key=lambda record: self.seeds.index(record.seed))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready description; `comparison.json` has it."""
+        return {"format": FORMAT, **asdict(self)}
+
     def write(self, folder: Path) -> Path:
         """Write `comparison.json` into the comparison's folder, atomically."""
-        write_json(folder / FILE, {"format": FORMAT, **asdict(self)})
+        write_json(folder / FILE, self.to_dict())
         return folder / FILE
 
 
