@@ -26,7 +26,9 @@ _HOME = {
     "export": "esft.exporting",
     "generate": "esft.generation",
     "import_official": "esft.official",
+    "init_recipe": "esft.shipped",
     "inspect": "esft.moe",
+    "list_recipes": "esft.shipped",
     "load_delta": "esft.switching",
     "mask": "esft.masking",
     "merge": "esft.merging",
@@ -53,7 +55,9 @@ __all__ = [
     "export",
     "generate",
     "import_official",
+    "init_recipe",
     "inspect",
+    "list_recipes",
     "load_delta",
     "mask",
     "merge",
@@ -82,6 +86,7 @@ if TYPE_CHECKING:
     from esft.run.interruption import Interrupted
     from esft.scores import Scores
     from esft.selection import Selection, select
+    from esft.shipped import init_recipe, list_recipes
     from esft.switching import disable, load_delta, set_active
     from esft.training import train
     from esft.unmerging import unmerge

@@ -22,6 +22,7 @@ from esft_cli.mask import mask
 from esft_cli.memory import keep_freed_memory
 from esft_cli.merge import merge
 from esft_cli.profile import profile
+from esft_cli.recipes import init, recipes
 from esft_cli.scores import app as scores_app
 from esft_cli.select import select
 from esft_cli.train import train
@@ -37,6 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo)
+app.command("recipes")(recipes)
+app.command("init")(init)
 app.command("inspect")(inspect)
 app.command("profile")(profile)
 app.command("select")(select)

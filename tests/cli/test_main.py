@@ -23,6 +23,8 @@ from tests.command import ROOT, esft, esft_json, esft_process, python_process
 # Every argument and option of every command. A new one belongs here, in docs/, and in CHANGELOG.md.
 OPTIONS = {
     "demo": "--out --task --steps --json",
+    "recipes": "--json",
+    "init": "name --out --json",
     "inspect": "model --trust-remote-code --json",
     "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --format "
     "--split --config --skip-bad --device --dtype --trust-remote-code --json",
