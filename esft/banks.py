@@ -23,16 +23,19 @@ class TrainedExperts(nn.Module):
         dtypes: of the weights before, and in what is saved, by name; where no frozen bank tells.
         trainable: name of a weight -> `[n, ...]`, the only parameters with a gradient. A name is a
             path under the layer's experts; dots in it are written as slashes.
+        low_rank: name of a weight -> the `esft.low_rank.LowRank` that trains in its place, if
+            any; names as in `trainable`.
     """
 
     def __init__(
-        self, chosen: Mapping[str, Tensor], selected: list[int], param_dtype: torch.dtype
+        self, chosen: Mapping[str, Tensor], selected: list[int], param_dtype: torch.dtype | None
     ) -> None:
         super().__init__()
         self.selected = list(selected)
         self.hooks: list[RemovableHandle] = []
         self.dtypes: dict[str, torch.dtype] = {}
         self.trainable = nn.ParameterDict()
+        self.low_rank = nn.ModuleDict()
         for name, weight in chosen.items():
             own = weight.detach().to(param_dtype)
             self.trainable[_key(name)] = nn.Parameter(own, requires_grad=bool(selected))
@@ -47,10 +50,25 @@ class TrainedExperts(nn.Module):
         for hook in self.hooks:
             hook.remove()
 
-    def trained(self, name: str) -> Tensor:
-        """Return a weight of the selected experts: `[n, ...]`."""
+    def bank(self, name: str) -> Tensor:
+        """Return a weight of the selected experts without what its factors add: `[n, ...]`."""
         bank: Tensor = self.trainable[_key(name)]
         return bank
+
+    def trained(self, name: str) -> Tensor:
+        """Return a weight of the selected experts: `[n, ...]`."""
+        factors = self.factors(name)
+        return self.bank(name) if factors is None else factors(self.bank(name))
+
+    def factors(self, name: str) -> nn.Module | None:
+        """Return the low-rank factors of a weight, or None if it trains as a whole."""
+        if (key := _key(name)) in self.low_rank:
+            return self.low_rank[key]
+        return None
+
+    def add_factors(self, name: str, factors: nn.Module) -> None:
+        """Let a weight be the bank's plus what `factors` computes."""
+        self.low_rank[_key(name)] = factors
 
 
 class AttachedExperts(TrainedExperts):
@@ -68,7 +86,7 @@ class AttachedExperts(TrainedExperts):
         self,
         stacks: Mapping[str, Tensor],
         selected: list[int],
-        param_dtype: torch.dtype,
+        param_dtype: torch.dtype | None,
         num_experts: int,
     ) -> None:
         device = next(iter(stacks.values())).device
@@ -93,8 +111,8 @@ class AttachedExperts(TrainedExperts):
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape that the stack had before it was split: `[E, ...]`."""
-        trained, rest = self.trained(name), self.rest(name)
-        return torch.Size([trained.shape[0] + rest.shape[0], *rest.shape[1:]])
+        bank, rest = self.bank(name), self.rest(name)
+        return torch.Size([bank.shape[0] + rest.shape[0], *rest.shape[1:]])
 
     def stacked(self, name: str) -> Tensor:
         """Return one stack in the experts' own order and the frozen bank's dtype: `[E, ...]`."""

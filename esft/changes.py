@@ -12,12 +12,15 @@ from torch import Tensor
 from esft.errors import CheckError, DeltaError
 from esft.experts import attached_layers, part_buffers, part_parameters
 from esft.fingerprint import Fingerprint
+from esft.moe import moe_layers
 from esft.names import layer_parts, to_disk
 from esft.shards import Checkpoint
 from esft.tensors import TORCH, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from esft.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,28 @@ def expert_changes(model: PreTrainedModel, base: Fingerprint | None = None) -> l
                         for expert, piece in zip(selected, pieces, strict=True)
                     ]
     return changes
+
+
+def selection_bytes(model: PreTrainedModel, selection: Selection, base: Fingerprint) -> int:
+    """Return the bytes of the tensors that a delta of a selection's experts would have.
+
+    Args:
+        model: nothing is attached.
+        selection: which experts; it fits the model.
+        base: of the checkpoint that the model was loaded from.
+
+    Raises:
+        ModelError: the checkpoint's layout cannot be addressed.
+        DeltaError: the base's experts are quantised.
+    """
+    total = 0
+    for layer in moe_layers(model):
+        selected = selection.experts.get(layer.index, [])
+        for found in layer_parts(model, layer, base).values() if selected else ():
+            for part in found:
+                for expert in selected:
+                    total += part.numbers.numel() * _stored_dtype(part.name(expert), base).itemsize
+    return total
 
 
 def trained_changes(model: PreTrainedModel, base: Fingerprint) -> list[Changed]:
@@ -145,16 +170,21 @@ def in_base_dtype(change: Changed, base: Fingerprint) -> Tensor:
     return value
 
 
-def _base_dtype(change: Changed, base: Fingerprint) -> torch.dtype:
-    stored = base.get(change.name)
+def _stored_dtype(name: str, base: Fingerprint) -> torch.dtype:
+    stored = base.get(name)
     if stored is None:
-        raise DeltaError(f"tensor {change.name} was trained but is not in the base")
+        raise DeltaError(f"tensor {name} was trained but is not in the base")
     if stored["dtype"] not in TORCH:
         raise DeltaError(
-            f"tensor {change.name} is stored as {stored['dtype']} in the base; a delta for "
-            f"quantised weights cannot be written"
+            f"tensor {name} is stored as {stored['dtype']} in the base; a delta for quantised "
+            f"weights cannot be written"
         )
-    shape = list(stored["shape"])
+    return TORCH[stored["dtype"]]
+
+
+def _base_dtype(change: Changed, base: Fingerprint) -> torch.dtype:
+    dtype = _stored_dtype(change.name, base)
+    shape = list(base[change.name]["shape"])
     if change.rows is not None:
         shape[0] = len(change.rows)
     if list(change.value.shape) != shape:
@@ -162,4 +192,4 @@ def _base_dtype(change: Changed, base: Fingerprint) -> torch.dtype:
             f"tensor {change.name} has shape {list(change.value.shape)}, "
             f"{shape} is expected in the base"
         )
-    return TORCH[stored["dtype"]]
+    return dtype

@@ -26,7 +26,8 @@ from esft.delta_weights import (
 from esft.dtypes import is_finite, width
 from esft.errors import CheckError, DeltaError, EsftError
 from esft.fingerprint import Fingerprint, check_base, check_hash, fingerprint, hash_tensor
-from esft.manifest import ADAPTER, BASE, MANIFEST, STEM, read_manifest, write_manifest
+from esft.low_rank_delta import factor_entries, low_rank_blocks
+from esft.manifest import ADAPTER, BASE, LOW_RANK, MANIFEST, STEM, read_manifest, write_manifest
 from esft.shard_writer import SHARD_SIZE, write_shards
 from esft.shards import (
     Checkpoint,
@@ -58,6 +59,8 @@ class Delta:
         entries: name -> place of every changed tensor; empty for an adapter. Where `coding` is
             set they are coded: read them through `plain`.
         rows: name -> changed rows, for tensors that hold all experts.
+        factors: name of a factor -> its place, where the values are coded as low-rank factors;
+            then `entries` is empty.
     """
 
     folder: Path
@@ -65,10 +68,11 @@ class Delta:
     base: Fingerprint
     entries: dict[str, Entry] = field(default_factory=dict)
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    factors: dict[str, Entry] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
-        """How it was trained: `esft`, `random`, `full` or `lora`."""
+        """How it was trained: `esft`, `random`, `full`, `lora` or `hot-lora`."""
         return str(self.manifest["method"])
 
     @property
@@ -145,7 +149,7 @@ class Delta:
 
     def _decoded(self, base: Checkpoint, folder: Path) -> Delta:
         tensors = {
-            name: {key: value for key, value in tensor.items() if key != "coded"}
+            name: {k: value for k, value in tensor.items() if k not in ("coded", "factors")}
             for name, tensor in self.manifest["tensors"].items()
         }
         sources = []
@@ -159,9 +163,12 @@ class Delta:
                 raise DeltaError(f"{self.folder}: tensor {name}: decoded to other values")
         manifest = {**self.manifest, "coding": None, "tensors": tensors}
         entries = open_checkpoint(folder, STEM).entries
-        return replace(self, folder=folder, manifest=manifest, entries=entries)
+        return replace(self, folder=folder, manifest=manifest, entries=entries, factors={})
 
     def _decode(self, name: str, base: Entry) -> Iterator[bytes]:
+        if self.coding == LOW_RANK:
+            yield from low_rank_blocks(name, self.manifest, self.factors, base, self.rows.get(name))
+            return
         coded, old = read_blocks(self.entries[name]), self.base_blocks(name, base)
         try:
             for block in decode(coded, old, width(base.dtype)):
@@ -226,9 +233,12 @@ def read_delta(folder: Path) -> Delta:
             for name in (MANIFEST, BASE):
                 refuse_link_outside(folder / name)
             manifest, base = read_manifest(folder)
-            entries = listed_weights(folder, manifest)
+            low_rank = manifest.get("coding") == LOW_RANK
+            factors = factor_entries(folder, manifest) if low_rank else {}
+            entries = {} if low_rank else listed_weights(folder, manifest)
         elif (folder / MANIFEST_V1).is_file():
             manifest, base, entries = read_manifest_v1(folder)
+            factors = {}
         else:
             raise DeltaError(
                 f"{folder}: no {MANIFEST} in this folder; not a delta, or an unfinished one"
@@ -238,7 +248,7 @@ def read_delta(folder: Path) -> Delta:
             for name, tensor in manifest["tensors"].items()
             if "rows" in tensor
         }
-        delta = Delta(folder, manifest, base, entries, rows)
+        delta = Delta(folder, manifest, base, entries, rows, factors)
         if delta.is_adapter:
             check_adapter(folder)
         check_values(manifest, entries)

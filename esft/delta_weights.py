@@ -67,7 +67,7 @@ def check_values(manifest: dict[str, Any], entries: Mapping[str, Entry]) -> None
         DeltaError: a tensor is damaged, not finite, or does not hold floating-point numbers.
     """
     coded = manifest.get("coding") is not None
-    hash_one = hash_tensor if coded else _hash_finite
+    hash_one = hash_tensor if coded else hash_finite
     with ThreadPoolExecutor(_THREADS) as pool:
         hashes = list(pool.map(_named, repeat(hash_one), entries.items()))
     for (name, entry), digest in zip(entries.items(), hashes, strict=True):
@@ -85,7 +85,7 @@ def check_adapter(folder: Path) -> None:
         DeltaError: a tensor is not finite, or does not hold floating-point numbers.
     """
     for item in read_header(folder / ADAPTER_WEIGHTS).items():
-        _named(_hash_finite, item)
+        _named(hash_finite, item)
 
 
 def _named(hash_one: Callable[[Entry], str], item: tuple[str, Entry]) -> str:
@@ -96,7 +96,13 @@ def _named(hash_one: Callable[[Entry], str], item: tuple[str, Entry]) -> str:
         raise DeltaError(f"{entry.file}: tensor {name} {error}") from None
 
 
-def _hash_finite(entry: Entry) -> str:
+def hash_finite(entry: Entry) -> str:
+    """Return a tensor's hex sha256.
+
+    Raises:
+        ValueError: it is not finite, or does not hold floating-point numbers; the message goes on
+            where the tensor's name ends.
+    """
     if entry.dtype not in FLOATS:
         raise ValueError(f"is {entry.dtype}; a delta holds floating-point numbers")
     digest, finite = sha256(), True

@@ -54,7 +54,7 @@ def attach(
     shared_experts: bool | None = None,
     non_expert_modules: bool | None = None,
     router: bool | None = None,
-    param_dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype | None = torch.float32,
     reporter: Reporter = SILENT,
 ) -> PreTrainedModel:
     """Make a model train the selected experts, and nothing else but the parts asked for.
@@ -73,7 +73,8 @@ def attach(
         non_expert_modules: likewise everything that is neither an expert nor a router.
         router: likewise the routers; a selection that says `non_expert_modules` means them too.
         param_dtype: of the trainable parameters. float32 keeps updates that bf16 would round away.
-            What is wider already stays as it is, and the modules compute in their own dtype.
+            What is wider already stays as it is, and the modules compute in their own dtype. None
+            leaves every weight in the dtype that it has.
         reporter: told of a part that this model lacks.
 
     Returns:
@@ -105,7 +106,11 @@ def attach(
     experts = {} if selection is None else selection.experts
     for layer in layers:
         layer.layout.attach(experts.get(layer.index, []), param_dtype)
-    state: Any = _AttachedParts(selection, parts, add_masters(model, names, param_dtype))
+    state: Any = _AttachedParts(
+        selection,
+        parts,
+        add_masters(model, names if param_dtype else [], param_dtype or torch.float32),
+    )
     model.esft_parts = state
     for parameter in part_parameters(model).values():
         parameter.requires_grad_(True)

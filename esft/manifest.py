@@ -6,6 +6,7 @@ weights agree with it is for `esft.delta` to check.
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -28,9 +29,11 @@ STEM = "esft_delta"  # of the weights: esft_delta.safetensors, or shards with an
 BASE = "esft_base.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LOW_RANK = "low-rank/1"  # the coding of factors, see `esft.low_rank_delta`
+_CODINGS = (CODING, LOW_RANK)
 
 # Kept by whoever writes a delta's content once more; the rest follows from that content.
-ABOUT = ("method", "base", "selection", "scores", "recipe", "training", "source")
+ABOUT = ("method", "base", "adapter", "selection", "scores", "recipe", "training", "source")
 
 _LIBRARIES = ("torch", "transformers", "safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,6 +45,7 @@ def write_manifest(
     about: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Any]] | None = None,
     coding: str | None = None,
+    low_rank: Mapping[str, float] | None = None,
 ) -> None:
     """Write `esft_base.json`, then `esft_config.json`, into a folder that holds the weights.
 
@@ -52,6 +56,7 @@ def write_manifest(
             the base to a reader (name, model_type, architecture, tokenizer).
         tensors: name -> dtype, shape, sha256 and the like of every changed tensor.
         coding: how the weights are coded, if they are.
+        low_rank: `r` and `alpha` of factors, if the weights are coded as such.
 
     Raises:
         OutputError: the disk is full or read-only.
@@ -66,6 +71,8 @@ def write_manifest(
     }
     if coding is not None:
         manifest["coding"] = coding
+    if low_rank is not None:
+        manifest["low_rank"] = dict(low_rank)
     if (folder / ADAPTER).is_file():
         manifest["files"] = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -101,7 +108,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Fingerprint]:
             raise DeltaError(f"{path}: {key}: missing or of the wrong kind; the file is damaged")
     if not isinstance(manifest.get("files", {}), dict):
         raise DeltaError(f"{path}: files: not a JSON object; the file is damaged")
-    if manifest.get("coding") not in (None, CODING):
+    if manifest.get("coding") not in (None, *_CODINGS):
         raise DeltaError(
             f"{path}: coding {manifest['coding']!r} is not known to esft {esft.__version__}; "
             f"install a newer esft: pip install --upgrade esft"
@@ -113,8 +120,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Fingerprint]:
         )
     for name, tensor in manifest["tensors"].items():
         _check_tensor(path, name, tensor, base)
-        if ("coded" in tensor) != ("coding" in manifest):
-            raise DeltaError(f"{path}: tensor {name}: coded and coding do not agree; damaged")
+        for key, coding in (("coded", CODING), ("factors", LOW_RANK)):
+            if (key in tensor) != (manifest.get("coding") == coding):
+                raise DeltaError(f"{path}: tensor {name}: {key} and coding do not agree; damaged")
+    if manifest.get("coding") == LOW_RANK:
+        _check_low_rank(path, manifest.get("low_rank"))
     return manifest, base
 
 
@@ -192,12 +202,23 @@ def _check_tensor(path: Path, name: str, tensor: Any, base: Fingerprint) -> None
     if tensor.get("base_sha256") != base[name]["sha256"]:
         raise DeltaError(f"{where}: base_sha256 is not that of {BASE}")
     coded = tensor.get("coded", {"bytes": 0, "sha256": ""})
+    factors = tensor.get("factors", {"left": "", "right": ""})
+    if not isinstance(factors, dict) or factors.keys() != {"left", "right"}:
+        raise DeltaError(f"{where}: factors: needs left and right; the file is damaged")
     if not (
         isinstance(coded, dict)
         and _is_size(coded.get("bytes"))
         and isinstance(coded.get("sha256"), str)
     ):
         raise DeltaError(f"{where}: coded: needs bytes and sha256; the file is damaged")
+
+
+def _check_low_rank(path: Path, low_rank: Any) -> None:
+    found = low_rank if isinstance(low_rank, dict) else {}
+    rank, alpha = found.get("r", 0), found.get("alpha", math.nan)
+    numbers = isinstance(rank, int) and isinstance(alpha, int | float)
+    if not (numbers and rank > 0 and math.isfinite(alpha)):
+        raise DeltaError(f"{path}: low_rank: needs r above 0, and alpha; the file is damaged")
 
 
 def check_fits(where: str, tensor: Mapping[str, Any], base: Mapping[str, Any] | None) -> None:

@@ -114,7 +114,7 @@ def verify(
     checkpoint = open_checkpoint(resolve(base))
     for one in opened:
         one.check_base(checkpoint)
-    changed = len({name for one in opened for name in one.entries})
+    changed = len({name for one in opened for name in one.manifest["tensors"]})
     if merged is None:
         return Verification(len(checkpoint.entries), changed)
     if opened[0].is_adapter:

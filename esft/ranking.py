@@ -7,7 +7,7 @@ the same experts everywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from esft.errors import SelectionError
@@ -114,13 +114,29 @@ def affordable(budget: Budget, model: Mapping[str, Any]) -> int:
     return int(limit // expert)
 
 
-def draw(seed: int, layer: int, experts: int, n: int) -> list[int]:
+def draw(seed: int, layer: int, experts: int, n: int, without: Collection[int] = ()) -> list[int]:
     """Draw n of a layer's experts: those whose sha256 of `seed/layer/id` is lowest, by id.
 
     A hash, not a generator: every language and version draws the same.
+
+    Args:
+        seed: of the draw.
+        layer: the layer's index.
+        experts: E.
+        n: how many.
+        without: ids that are not drawn.
+
+    Raises:
+        SelectionError: fewer than n are left.
     """
 
     def key(expert: int) -> bytes:
         return hashlib.sha256(f"{seed}/{layer}/{expert}".encode()).digest()
 
-    return sorted(sorted(range(experts), key=key)[:n])
+    left = [expert for expert in range(experts) if expert not in without]
+    if n > len(left):
+        raise SelectionError(
+            f"--random-from unselected: in layer {layer} the rule selects {n} of {experts} "
+            f"experts, and as many others are not left; select fewer, or draw from all"
+        )
+    return sorted(sorted(left, key=key)[:n])

@@ -205,21 +205,22 @@ def _known(key: Key) -> list[str]:
 
 
 def _check_together(recipe: Recipe, places: Places) -> None:
+    selects = recipe.selects_experts or recipe.matches_esft
     if not recipe.trains_experts:
-        if recipe.selection is not None:
+        if recipe.selection is not None and not selects:
             raise RecipeError(
                 f"{places.of(('selection',))}: method {recipe.method} trains no selection; "
                 f"leave it out, or use method: esft"
             )
-        if recipe.param_dtype != "float32":
+        if recipe.param_dtype != "float32" and not recipe.selects_experts:
             raise RecipeError(
                 f"{places.of(('param_dtype',))}: is of selected experts; with method "
                 f"{recipe.method} set dtype"
             )
     if recipe.train is not None:
         _check_train(recipe, recipe.train, places)
-    if recipe.lora is not None and recipe.method != "lora":
-        raise RecipeError(f"{places.of(('lora',))}: is for method: lora, not {recipe.method}")
+    if recipe.lora is not None:
+        _check_lora(recipe, recipe.lora, places)
     if recipe.method == "random" and isinstance(recipe.selection, str):
         raise RecipeError(
             f"{places.of(('selection',))}: method random draws its own experts, as many as a rule "
@@ -228,7 +229,7 @@ def _check_together(recipe: Recipe, places: Places) -> None:
     if recipe.losses is not None:
         _check_losses(recipe.losses, places)
     if isinstance(recipe.selection, SelectionSpec):
-        _check_rule(recipe.selection, places)
+        _check_rule(recipe, recipe.selection, places)
     if recipe.checkpoints.keep_best:
         scored = recipe.training.get("eval_strategy", "no") != "no"
         if not scored or recipe.training.get("save_strategy", "no") == "no":
@@ -237,7 +238,7 @@ def _check_together(recipe: Recipe, places: Places) -> None:
                 f"training.eval_strategy: only checkpoints of steps that are scored can be best"
             )
     _check_data(recipe, places)
-    if recipe.data.eval is None:
+    if recipe.data.eval is None and recipe.data.eval_rows is None:
         asked = {"eval_strategy": "no", "eval_on_start": False}
         for key, silent in asked.items():
             if recipe.training.get(key, silent) != silent:
@@ -247,6 +248,11 @@ def _check_together(recipe: Recipe, places: Places) -> None:
 
 
 def _check_data(recipe: Recipe, places: Places) -> None:
+    if recipe.data.eval is not None and recipe.data.eval_rows is not None:
+        raise RecipeError(
+            f"{places.of(('data', 'eval_rows'))}: data.eval names validation rows already; leave "
+            f"one of them out"
+        )
     if recipe.data.last_turn_only and recipe.data.loss_on == "all":
         raise RecipeError(
             f"{places.of(('data', 'last_turn_only'))}: says to learn the last turn, and "
@@ -258,6 +264,25 @@ def _check_data(recipe: Recipe, places: Places) -> None:
             f"{places.of(('training', 'train_sampling_strategy'))}: packed blocks are all of one "
             f"length, there is nothing to group; set data.packing: false"
         )
+
+
+def _check_lora(recipe: Recipe, lora: LoraSpec, places: Places) -> None:
+    if recipe.method not in ("lora", "hot-lora"):
+        raise RecipeError(
+            f"{places.of(('lora',))}: is for the methods lora and hot-lora, not {recipe.method}"
+        )
+    if lora.match is not None and lora.r is not None:
+        raise RecipeError(
+            f"{places.of(('lora', 'match'))}: chooses the rank, and lora.r gives one; leave one of "
+            f"them out"
+        )
+    if recipe.method == "hot-lora":
+        for key in ("match", "target_modules", "target_parameters"):
+            if getattr(lora, key) != LoraSpec.model_fields[key].default:
+                raise RecipeError(
+                    f"{places.of(('lora', key))}: is for method: lora; hot-lora adapts the "
+                    f"selected experts, and nothing else"
+                )
 
 
 def _check_losses(losses: LossSpec, places: Places) -> None:
@@ -275,10 +300,14 @@ def _check_losses(losses: LossSpec, places: Places) -> None:
 def _check_train(recipe: Recipe, train: TrainSpec, places: Places) -> None:
     experts = places.of(("train", "experts"))
     if not recipe.trains_experts:
-        instead = "lora.target_modules says where adapters go"
+        instead = {
+            "lora": "lora.target_modules says where adapters go",
+            "hot-lora": "the selected experts have adapters, and nothing else trains",
+            "full": "everything trains",
+        }
         raise RecipeError(
             f"{places.of(('train',))}: is for the methods esft and random; with method "
-            f"{recipe.method} {instead if recipe.method == 'lora' else 'everything trains'}"
+            f"{recipe.method} {instead[recipe.method]}"
         )
     if train.experts == "selection":
         return
@@ -297,10 +326,13 @@ def _check_train(recipe: Recipe, train: TrainSpec, places: Places) -> None:
         )
 
 
-def _check_rule(spec: SelectionSpec, places: Places) -> None:
+def _check_rule(recipe: Recipe, spec: SelectionSpec, places: Places) -> None:
     """Check the rule now: profiling the model, which comes before its use, may take long."""
     try:
-        make_rule(**spec.rule())
+        rule = spec.rule()
+        if recipe.method == "random":
+            rule.setdefault("random", spec.seed)
+        make_rule(**rule)
     except SelectionError as error:
         # It speaks of the options of `esft select`, which the recipe has as keys.
         text = re.sub(r"--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(error))

@@ -34,6 +34,7 @@ class SelectionSpec(_Strict):
     group: int | None = None
     layers: str | int | None = None
     random: int | None = None
+    random_from: Literal["all", "unselected"] | None = None
     tokens: int = Field(default=131_072, gt=0)
     seq_len: int = Field(default=4096, gt=0)
     count: Literal["all", "prompt", "completion"] = "all"
@@ -121,12 +122,31 @@ class EvaluationSpec(_Strict):
 
 
 class LoraSpec(_Strict):
-    """PEFT's LoRA. By default on every linear layer and on all routed experts."""
+    """LoRA: rank and alpha as in arXiv 2407.01906 by default.
 
-    r: int = Field(default=8, gt=0)
-    alpha: int = Field(default=16, gt=0)
+    Attributes:
+        r: rank; 8 where neither it nor `match` is given.
+        alpha: products are multiplied by alpha / r; 2 r unless given.
+        match: `esft` chooses the rank whose adapter has about the bytes of the delta that ESFT by
+            the recipe's selection would have. Of method `lora`.
+        target_modules: of method `lora`, as PEFT's; by default every linear layer but the routers.
+        target_parameters: likewise; by default the stacks of all routed experts.
+    """
+
+    r: int | None = Field(default=None, gt=0)
+    alpha: int | None = Field(default=None, gt=0)
+    match: Literal["esft"] | None = None
     target_modules: str | list[str] = "all-linear"
     target_parameters: list[str] | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank where it is not matched."""
+        return self.r or 8
+
+    def scaled_alpha(self, rank: int) -> int:
+        """Return alpha for a rank."""
+        return self.alpha or 2 * rank
 
 
 class LossSpec(_Strict):
@@ -170,7 +190,7 @@ class Recipe(_Strict):
     """A whole run; what is None is chosen when it is trained, see docs/train.md."""
 
     model: str
-    method: Literal["esft", "random", "lora", "full"] = "esft"
+    method: Literal["esft", "random", "lora", "hot-lora", "full"] = "esft"
     selection: str | SelectionSpec | None = None
     data: DataSpec
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
@@ -194,7 +214,14 @@ class Recipe(_Strict):
     @property
     def selects_experts(self) -> bool:
         """Whether it is a selection of the experts that trains, not all or none of them."""
+        if self.method == "hot-lora":
+            return True
         return self.trains_experts and (self.train or TrainSpec()).experts == "selection"
+
+    @property
+    def matches_esft(self) -> bool:
+        """Whether a selection is made only to know how large its delta would be."""
+        return self.method == "lora" and self.lora is not None and self.lora.match is not None
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; reading it gives an equal recipe."""

@@ -202,6 +202,7 @@ def select(
     group: int | None = None,
     layers: str | int | Iterable[int] | None = None,
     random: int | None = None,
+    random_from: str | None = None,
     preset: str | None = None,
 ) -> Selection:
     """Select the experts to train, per layer, best first; ties go to the lower id.
@@ -225,8 +226,10 @@ def select(
         group: with `p`, select whole groups of 2 or 4 experts that serve the same tokens, see
             `esft.grouping`.
         layers: only these, such as `3-20,22`.
-        random: a seed; as many experts per layer as the rule selects, but drawn at random from
-            the whole layer: a control.
+        random: a seed; as many experts per layer as the rule selects, but drawn at random: a
+            control.
+        random_from: with `random`, draw from `all` of the layer's experts (the default), or from
+            the `unselected`, those that the rule leaves out.
         preset: `official-token` or `official-gate`.
 
     Raises:
@@ -244,6 +247,7 @@ def select(
         group=group,
         layers=layers,
         random=random,
+        random_from=random_from,
         preset=preset,
     )
     chosen = choose_layers(rule.layers, scores.layers)
@@ -258,7 +262,13 @@ def select(
         experts, auto = until_p(rule, wanted)
     if rule.random is not None:
         experts = {
-            layer: draw(rule.random, layer, scores.layers[layer].experts, len(ids))
+            layer: draw(
+                rule.random,
+                layer,
+                scores.layers[layer].experts,
+                len(ids),
+                without=ids if rule.random_from == "unselected" else (),
+            )
             for layer, ids in experts.items()
         }
     written = rule.to_dict(scores.sample.get("count"))

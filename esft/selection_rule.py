@@ -15,6 +15,7 @@ DEFAULT_P = 0.2
 AUTO = "auto"
 GROUPS = (2, 4)
 MASSES = ("share", "raw")
+POOLS = ("all", "unselected")
 
 # `official-token` gives the released configurations exactly. `official-gate` is the paper's rule:
 # its p of 0.1 is of the raw gate mass, which is 0.29 to 0.51 a layer on DeepSeek-V2-Lite.
@@ -61,6 +62,7 @@ class Rule:
     group: int | None
     layers: str | None
     random: int | None
+    random_from: str | None
     preset: str | None
 
     def to_dict(self, pool: str | None) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class Rule:
             "group": self.group,
             "layers": self.layers,
             "random": self.random,
+            "random_from": self.random_from,
             "preset": self.preset,
         }
         return rule | {name: value for name, value in optional.items() if value is not None}
@@ -96,6 +99,7 @@ def make_rule(
     group: int | None = None,
     layers: str | int | Iterable[int] | None = None,
     random: int | None = None,
+    random_from: str | None = None,
     preset: str | None = None,
 ) -> Rule:
     """Check the options of `select`, apply a preset, and fill in the defaults.
@@ -124,6 +128,8 @@ def make_rule(
         raise SelectionError(f"--p auto is a share; it contradicts --mass {mass}")
     if cover is not None and not auto:
         raise SelectionError("--cover says what --p auto must reach; give --p auto too")
+    if random_from is not None and random is None:
+        raise SelectionError("--random-from says what --random draws from; give --random too")
     return Rule(
         metric=_choice("--metric", values.get("metric", METRICS[0]), METRICS),
         mass=mass,
@@ -135,6 +141,7 @@ def make_rule(
         group=_group(group),
         layers=_layers_text(layers),
         random=_whole("--random", random, 0),
+        random_from=None if random_from is None else _choice("--random-from", random_from, POOLS),
         preset=preset,
     )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
+from esft.changes import selection_bytes
 from esft.data.isolation import check_isolation
 from esft.data.packing import collate
 from esft.delta import read_delta
@@ -38,6 +39,7 @@ from esft.run.folder import (
     CHECKPOINTS,
     DELTA,
     DIVERGED,
+    MATCHED,
     METRICS,
     RECIPE,
     RESULT,
@@ -59,7 +61,8 @@ from esft.run.resuming import explain_interruption, to_resume
 from esft.run.scoring import Scorer
 from esft.run.task_data import prepare
 from esft.run.trainer import EsftTrainer
-from esft.selection import select
+from esft.scores import Scores
+from esft.selection import Selection, select
 from esft.shards import open_checkpoint
 
 
@@ -129,7 +132,10 @@ class _Run:
         refuse_quantised(self.folder)
         check_losses(recipe.losses, self.anatomy.layers, self.anatomy.model_type)
         base = open_checkpoint(self.folder)
-        self.selection = given_selection(recipe, self.anatomy, out if saved else None)
+        given = given_selection(recipe, self.anatomy, out if saved else None)
+        self.selection: Selection | None = None if recipe.matches_esft else given
+        # Of LoRA matched to ESFT, what ESFT would train; nothing of it does.
+        self.matched: Selection | None = given if recipe.matches_esft else None
         self.tokenizer = load_tokenizer(self.folder)
         self.data = prepare(
             recipe.data, self.tokenizer, evaluation=recipe.evaluation, reporter=reporter
@@ -153,13 +159,13 @@ class _Run:
             check_weighing(model)
         check_vocabulary(self.tokenizer, model, self.folder)
         sampler = Sampler(self.recipe, self.tokenizer, self.data.rows, self.reporter)
-        scores = None
-        if self.recipe.selects_experts and self.selection is None:
-            scores = sampler.profile(model, self.folder)
-            self.selection = select(scores, **selection_rule(self.recipe).rule())
+        scores = self._select(sampler, model)
         silence_own_losses(model, self.reporter)
         layers = moe_layers(model)
-        method = make_method(self.recipe, self.selection, self.reporter)
+        match_bytes = None
+        if self.matched is not None:
+            match_bytes = selection_bytes(model, self.matched, self.base)
+        method = make_method(self.recipe, self.selection, self.reporter, match_bytes=match_bytes)
         prepared = method.prepare(model)
         method.check(prepared, self.base)
         losses = make_losses(
@@ -178,6 +184,8 @@ class _Run:
                 scores.write(self.out / SCORES)
             if self.selection is not None:
                 self.selection.write(self.out / SELECTION)
+            if self.matched is not None:
+                self.matched.write(self.out / MATCHED)
             if self.data.bad_rows.skipped:
                 self.data.bad_rows.write(self.out / BAD_ROWS)
         with explain_out_of_memory(
@@ -197,6 +205,7 @@ class _Run:
                 self.out / SCORES,
                 outcome,
                 evaluation,
+                adapter=method.adapter,
             )
             # One may be there, of a run that was ended before it had a result.
             with new_folder(self.out / DELTA, replace=True) as folder:
@@ -225,12 +234,26 @@ class _Run:
             evaluation=evaluation,
             test=test,
             general=general,
+            adapter=method.adapter,
         )
         write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
         if test is not None:
             test.write(self.out / TEST_ANSWERS)
         write_json(self.out / RESULT, result.to_dict())
         return result
+
+    def _select(self, sampler: Sampler, model: PreTrainedModel) -> Scores | None:
+        """Select experts where that is asked for and not yet done; return the scores behind it."""
+        wanted = self.recipe.selects_experts or self.recipe.matches_esft
+        if not wanted or self.selection is not None or self.matched is not None:
+            return None
+        scores = sampler.profile(model, self.folder)
+        selection = select(scores, **selection_rule(self.recipe).rule())
+        if self.recipe.matches_esft:
+            self.matched = selection
+        else:
+            self.selection = selection
+        return scores
 
     def _trainer(self, prepared: nn.Module, losses: RouterLosses | None) -> EsftTrainer:
         training = self.recipe.training

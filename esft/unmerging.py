@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from esft.compression import decode
+from esft.compression import CODING, decode
 from esft.copying import copy_file, copy_other_files
 from esft.delta import Delta, read_delta
 from esft.dtypes import width
@@ -13,6 +13,7 @@ from esft.errors import CheckError, DeltaError
 from esft.files import explain_write_errors, new_folder, refuse_existing
 from esft.fingerprint import fingerprint
 from esft.locating import resolve
+from esft.manifest import LOW_RANK
 from esft.progress import SILENT, Reporter
 from esft.shards import Checkpoint, Entry, open_checkpoint, read_blocks, read_rows
 
@@ -51,9 +52,10 @@ def unmerge(
     opened = read_delta(Path(delta))
     if opened.is_adapter:
         raise DeltaError(f"{delta}: a LoRA adapter's merge is computed, and cannot be undone")
-    if base is None and opened.coding is None:
+    if base is None and opened.coding != CODING:
+        held = "low-rank factors" if opened.coding == LOW_RANK else "the final values"
         raise DeltaError(
-            f"{delta}: holds the final values only, not what they replaced; give --base BASE, or "
+            f"{delta}: holds {held} only, not what they replaced; give --base BASE, or "
             f"the delta as `esft export --compress` wrote it"
         )
     checkpoint = open_checkpoint(folder)
@@ -68,7 +70,7 @@ def unmerge(
                 copy = target / file.name
                 copy_file(file, copy, task.advance)
                 for name, entry in checkpoint.in_file(file):
-                    if name in opened.entries:
+                    if name in opened.manifest["tensors"]:
                         _put_back(opened, name, entry, originals, copy)
         _check(opened, folder, open_checkpoint(target))
     return out
@@ -127,7 +129,7 @@ def _check(delta: Delta, merged: Path, result: Checkpoint) -> None:
     for name, tensor in fingerprint(result).items():
         if tensor["sha256"] == delta.base[name]["sha256"]:
             continue
-        if name not in delta.entries:
+        if name not in delta.manifest["tensors"]:
             raise CheckError(
                 f"{merged}: tensor {name} is not the base's, and the delta did not change "
                 f"it; another delta may be merged into this checkpoint too"

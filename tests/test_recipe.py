@@ -188,7 +188,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(
         ("tokens: 1000", "tokens: 0", "recipe.yaml:3: selection.tokens: "),
         ("  train: train.jsonl\n", "", "recipe.yaml:4: data: the key data.train is missing"),
         ("model: tiny-moe\n", "", "recipe.yaml:1: the key model is missing"),
-        ("method: esft", "lora: {r: 4}", "recipe.yaml:2: lora: is for method: lora"),
+        ("method: esft", "lora: {r: 4}", "recipe.yaml:2: lora: is for the methods lora"),
         ("method: esft", "method: lora", "recipe.yaml:3: selection: method lora trains no"),
         ("method: esft", "dtype: int4", "recipe.yaml:2: dtype: input should be 'auto'"),
     ],

@@ -97,6 +97,14 @@ def select(
             help="A control: as many experts per layer as the rule takes, drawn at random.",
         ),
     ] = None,
+    random_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|unselected",
+            show_default="all",
+            help="With --random: draw from the whole layer, or from what the rule leaves out.",
+        ),
+    ] = None,
     json: output.Json = False,
 ) -> None:
     """Choose the experts to train from a task's scores.
@@ -117,6 +125,7 @@ def select(
         group=group,
         layers=layers,
         random=random,
+        random_from=random_from,
         preset=preset,
     )
     selection.write(out)

@@ -50,6 +50,10 @@ class GatedInputLayout(Layout):
         """See `Layout.weights`."""
         return slices(dict(self.experts.named_parameters(recurse=False)))
 
+    def input_first(self, name: str) -> bool:
+        """See `Layout.input_first`."""
+        return True
+
     def observe(self, seen: Seen) -> RemovableHandle:
         """See `Layout.observe`."""
         router: Any = self.router
@@ -60,7 +64,7 @@ class GatedInputLayout(Layout):
 
         return router.register_forward_hook(chosen)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
         split_stacks(self.experts, selected, param_dtype, self.num_experts)
         self.block.forward = MethodType(_block_forward, self.block)

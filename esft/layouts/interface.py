@@ -59,6 +59,10 @@ class InterfaceLayout(Layout):
         """See `Layout.weights`."""
         return slices(dict(self.experts.named_parameters(recurse=False)))
 
+    def input_first(self, name: str) -> bool:
+        """See `Layout.input_first`."""
+        return bool(self.experts.is_transposed)
+
     def observe(self, seen: Seen) -> RemovableHandle:
         """See `Layout.observe`."""
         if not self.others:
@@ -70,7 +74,7 @@ class InterfaceLayout(Layout):
 
         return before_experts(self.experts, without_skips)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
         experts = self.experts
         banks = split_stacks(experts, selected, param_dtype, self.num_experts)
@@ -129,7 +133,8 @@ def expert_bank(
 def attached_bank(experts: nn.Module) -> ExpertBank:
     """Return the banks of a module that has a selection attached."""
     banks: AttachedExperts = experts.esft  # type: ignore[assignment]
-    return expert_bank(experts, dict(banks.trainable), dict(banks.frozen), banks.slot)
+    trained = {name: banks.trained(name) for name in banks.names}
+    return expert_bank(experts, trained, dict(banks.frozen), banks.slot)
 
 
 def _whole_bank(experts: nn.Module) -> ExpertBank:

@@ -71,6 +71,10 @@ class Layout(ABC):
     def weights(self) -> dict[str, Sequence[Tensor]]:
         """Return each expert's slice of each weight, to be written to; nothing is attached."""
 
+    def input_first(self, name: str) -> bool:
+        """Whether an expert's slice of a weight is `[in, out]` and not `[out, in]`."""
+        return False
+
     @abstractmethod
     def observe(self, seen: Seen) -> RemovableHandle:
         """Call `seen` at every forward pass with what the router chose.
@@ -79,7 +83,7 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """Split the experts' weights into trained and frozen ones; see `esft.experts.attach`.
 
         Raises:
@@ -194,7 +198,7 @@ def slices(stacks: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
 
 
 def split_stacks(
-    host: nn.Module, selected: list[int], param_dtype: torch.dtype, num_experts: int
+    host: nn.Module, selected: list[int], param_dtype: torch.dtype | None, num_experts: int
 ) -> AttachedExperts:
     """Replace a module's own stacks `[E, ...]` by two banks, as `host.esft`, and return these."""
     stacks = dict(host.named_parameters(recurse=False))

@@ -50,7 +50,7 @@ class ModulesLayout(Layout):
         """See `Layout.shapes`."""
         E, banks = self.num_experts, self.banks
         if banks is not None and banks.selected:
-            return {name: torch.Size([E, *banks.trained(name).shape[1:]]) for name in banks.names}
+            return {name: torch.Size([E, *banks.bank(name).shape[1:]]) for name in banks.names}
         first = self._expert(0)
         return {name: torch.Size([E, *p.shape]) for name, p in first.named_parameters()}
 
@@ -84,7 +84,7 @@ class ModulesLayout(Layout):
 
         return self.router.register_forward_hook(hook)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
         chosen = [self._expert(expert) for expert in selected]
         names = [name for name, _ in chosen[0].named_parameters()] if chosen else []

@@ -46,7 +46,7 @@ class ProjectionLayout(Layout):
         """See `Layout.observe`."""
         return before_experts(self.experts, seen)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
         banks = AttachedExperts(self._stacks(), selected, param_dtype, self.num_experts)
         del self.experts._parameters["weight"]

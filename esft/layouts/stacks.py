@@ -63,7 +63,7 @@ class StacksLayout(Layout):
         """See `Layout.observe`."""
         return before_experts(self.experts, seen)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
         banks = AttachedExperts(self._stacks(), selected, param_dtype, self.num_experts)
         self.host.esft = banks
@@ -108,6 +108,10 @@ class DbrxLayout(StacksLayout):
 
     class_name = "DbrxExperts"
     paths = ("mlp.w1", "mlp.v1", "mlp.w2")
+
+    def input_first(self, name: str) -> bool:
+        """See `Layout.input_first`."""
+        return name == "mlp.w2"
 
     def disk_rows(self) -> int:
         """See `Layout.disk_rows`."""

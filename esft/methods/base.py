@@ -26,6 +26,11 @@ class Method(ABC):
 
     name: str
 
+    @property
+    def adapter(self) -> dict[str, int] | None:
+        """What is to be told of an adapter, once prepared, see `esft.run.result.RunResult`."""
+        return None
+
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         """Make the model train what the method trains; may wrap it. Draws from torch's RNG."""

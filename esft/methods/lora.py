@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from esft.errors import DeltaError, RecipeError, nearest
@@ -14,6 +16,7 @@ from esft.fingerprint import Fingerprint
 from esft.manifest import write_manifest
 from esft.methods.base import Method
 from esft.moe import moe_layers, trainable_parameters
+from esft.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,12 +33,22 @@ class LoraMethod(Method):
 
     Args:
         spec: rank, alpha and targets.
+        match_bytes: choose the rank whose factors have about so many bytes; None takes the spec's.
+        reporter: told of a rank that was chosen.
     """
 
     name = "lora"
 
-    def __init__(self, spec: LoraSpec) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: LoraSpec, *, match_bytes: int | None = None, reporter: Reporter = SILENT
+    ) -> None:
+        self._spec, self._match_bytes, self._reporter = spec, match_bytes, reporter
+        self._adapter: dict[str, int] | None = None
+
+    @property
+    def adapter(self) -> dict[str, int] | None:
+        """See `Method.adapter`."""
+        return self._adapter
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         """Wrap the model in PEFT's adapters.
@@ -43,6 +56,22 @@ class LoraMethod(Method):
         Raises:
             RecipeError: PEFT finds none of the targets, or refuses them.
         """
+        rank, wanted = self._spec.rank, self._match_bytes
+        if wanted is not None:
+            # Every factor is as large as the rank is high: an adapter of rank 1 tells the rest.
+            rank = max(1, round(wanted / _adapter_bytes(self._wrap(_outline(model), 1))))
+        wrapped = self._wrap(model, rank)
+        size = _adapter_bytes(wrapped)
+        self._adapter = {"r": rank, "alpha": self._spec.scaled_alpha(rank), "bytes": size}
+        if wanted is not None:
+            self._adapter["esft_bytes"] = wanted
+            self._reporter.note(
+                f"lora.match: rank {rank}: an adapter of {size:,} bytes, where ESFT's delta would "
+                f"have {wanted:,}"
+            )
+        return wrapped
+
+    def _wrap(self, model: PreTrainedModel, rank: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         spec = self._spec
@@ -55,8 +84,8 @@ class LoraMethod(Method):
         elif parameters is None:
             parameters = _experts(model)
         config = LoraConfig(
-            r=spec.r,
-            lora_alpha=spec.alpha,
+            r=rank,
+            lora_alpha=spec.scaled_alpha(rank),
             target_modules=modules,
             target_parameters=parameters,
             task_type="CAUSAL_LM",
@@ -80,6 +109,17 @@ class LoraMethod(Method):
             model.save_pretrained(folder)  # type: ignore[operator]
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders
         write_manifest(folder, base, about)
+
+
+def _outline(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model's modules and shapes without weights, in its dtype."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config)).to(model.dtype)
+
+
+def _adapter_bytes(model: nn.Module) -> int:
+    """Return the bytes of what trains, which PEFT saves in the dtype that it trains in."""
+    return sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
 
 
 def _linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:

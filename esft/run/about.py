@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def about_run(
     scores: Path,
     outcome: Trained,
     evaluation: Evaluation | None,
+    *,
+    adapter: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Describe a run, JSON-ready, for `esft.manifest.write_manifest`.
 
@@ -32,6 +35,7 @@ def about_run(
         scores: file of the scores that this run selected them by; it need not exist.
         outcome: what training came to.
         evaluation: of the trained model, if there are test rows.
+        adapter: rank and sizes, where low-rank factors trained; see `Method.adapter`.
     """
     about: dict[str, Any] = {
         "method": recipe.method,
@@ -48,6 +52,8 @@ def about_run(
             "evaluation": None if evaluation is None else evaluation.to_dict(),
         },
     }
+    if adapter is not None:
+        about["adapter"] = dict(adapter)
     if selection is not None:
         about["selection"] = selection.to_dict()
     if recipe.selects_experts:

@@ -13,7 +13,7 @@ from esft.profiling import context_length, profile_model, sample_rows, stored_by
 from esft.progress import Reporter
 from esft.recipe_sections import Recipe, SelectionSpec
 from esft.run.drift import TOKENS, DriftMeter
-from esft.run.folder import SELECTION
+from esft.run.folder import MATCHED, SELECTION
 from esft.scores import Scores
 from esft.selection import Selection
 from esft.selection_rule import choose_layers, make_rule
@@ -40,18 +40,21 @@ def given_selection(recipe: Recipe, anatomy: Anatomy, resumed: Path | None) -> S
         anatomy: of the model.
         resumed: folder of the run that goes on, which has selected its experts.
 
+    Returns:
+        What trains; or, where LoRA's rank follows from it (`Recipe.matches_esft`), what would.
+
     Raises:
         SelectionError: the selection, or the rule's layers, do not fit the model.
     """
     layers = {layer.index: layer.num_experts for layer in anatomy.layers}
     if recipe.train is not None and recipe.train.experts == "all":
         return Selection({layer: list(range(experts)) for layer, experts in layers.items()})
-    if not recipe.selects_experts:
+    if not (recipe.selects_experts or recipe.matches_esft):
         return None
     if isinstance(recipe.selection, str):
         selection = Selection.read(recipe.selection)
     elif resumed is not None:
-        selection = Selection.read(resumed / SELECTION)
+        selection = Selection.read(resumed / (MATCHED if recipe.matches_esft else SELECTION))
     else:
         # Or fail before profiling.
         choose_layers(make_rule(**selection_rule(recipe).rule()).layers, layers)

@@ -5,6 +5,7 @@ from pathlib import Path
 RECIPE, SELECTION, SCORES = "recipe.yaml", "selection.json", "scores.json"
 METRICS, CHECKPOINTS, DELTA, CARD = "metrics.jsonl", "checkpoints", "delta", "README.md"
 DIVERGED = "diverged.json"
+MATCHED = "matched_selection.json"  # what ESFT would train, where LoRA's rank follows from it
 BAD_ROWS = "bad_rows.jsonl"
 RESULT, TEST_ANSWERS = "result.json", "test.jsonl"
 

@@ -74,7 +74,7 @@ def stored_moved(delta: Delta, base: Checkpoint) -> Moved | None:
     the updates.
 
     Args:
-        delta: uncoded.
+        delta: coded or not.
         base: what it was made from; read tensor by tensor.
 
     Returns:
@@ -84,12 +84,13 @@ def stored_moved(delta: Delta, base: Checkpoint) -> Moved | None:
         return None
     changed = total = 0
     try:
-        for name, entry in delta.entries.items():
-            unsigned = f"<u{TORCH[entry.dtype].itemsize}"
-            new = np.frombuffer(b"".join(read_blocks(entry)), unsigned)
-            old = np.frombuffer(b"".join(delta.base_blocks(name, base.entries[name])), unsigned)
-            changed += int((new != old).sum())
-            total += len(new)
+        with delta.plain(base) as plain:
+            for name, entry in plain.entries.items():
+                unsigned = f"<u{TORCH[entry.dtype].itemsize}"
+                new = np.frombuffer(b"".join(read_blocks(entry)), unsigned)
+                old = np.frombuffer(b"".join(plain.base_blocks(name, base.entries[name])), unsigned)
+                changed += int((new != old).sum())
+                total += len(new)
     except (OSError, EsftError):
         return None
     return Moved(changed, total)

@@ -19,7 +19,7 @@ class RunResult:
     Attributes:
         out: the run's folder.
         delta: the folder in it that holds what training changed.
-        method: `esft`, `random`, `lora` or `full`.
+        method: `esft`, `random`, `lora`, `hot-lora` or `full`.
         steps: optimizer steps done, earlier parts of a resumed run included.
         best_step: the step whose weights the delta has, if it is the best one's and not the last.
         seconds: of training, evaluations not counted, earlier parts of a resumed run included.
@@ -40,6 +40,8 @@ class RunResult:
         evaluation: the trained model on `data.eval`, if given.
         test: the trained model on `data.test`, if given.
         general: the trained model's loss on each other domain, in nats a token, if any is given.
+        adapter: of LoRA, `r`, `alpha` and `bytes` (of the factors, without the file's header);
+            and `esft_bytes`, of the delta that the rank was matched to, if it was.
     """
 
     out: Path
@@ -62,6 +64,7 @@ class RunResult:
     evaluation: Evaluation | None
     test: TestScores | None = None
     general: dict[str, float] | None = None
+    adapter: dict[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""

@@ -29,7 +29,7 @@ OPTIONS = {
     "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --format "
     "--split --config --skip-bad --device --dtype --trust-remote-code --json",
     "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
-    "--group --layers --random --json",
+    "--group --layers --random --random-from --json",
     "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "
     "--skip-bad --deterministic --resume --device --trust-remote-code --json",
     "merge": "base deltas --out --on-conflict --json",
