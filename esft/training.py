@@ -228,7 +228,7 @@ class _Run:
             routed=self.anatomy.routed,
             moved=None if start_weights is None else start_weights.moved(prepared),
             stored_moved=stored_moved(read_delta(self.out / DELTA), open_checkpoint(self.folder)),
-            drift=meter.read(self.selection) if meter and self.selection else None,
+            drift=meter.read(self.selection, self.out) if meter and self.selection else None,
             delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
             peak_memory=peak_memory(model.device),
             evaluation=evaluation,

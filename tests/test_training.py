@@ -87,7 +87,9 @@ def test_a_run(base: Path, data: Path, tmp_path: Path, method: str) -> None:
     files = {"README.md", "checkpoints", "delta", "metrics.jsonl", "recipe.yaml", "result.json"}
     picks = method in ("esft", "random")
     assert {item.name for item in run.iterdir()} == files | (
-        {"scores.json", "selection.json"} if picks else set()
+        {"scores.json", "selection.json", "routing_before.json", "routing_after.json"}
+        if picks
+        else set()
     )
     assert (result.steps, result.method, result.delta) == (8, method, run / "delta")
     losses = [line["loss"] for line in metrics(run) if "loss" in line]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esft.data.encode import Example
 from esft.errors import EsftError
 from esft.profiling import profile_model
 from esft.progress import SILENT, Reporter
+from esft.run.folder import ROUTING_AFTER, ROUTING_BEFORE
 from esft.scores import Scores
 from esft.selection import Selection
 
@@ -69,6 +71,9 @@ class DriftMeter:
         before: the model's scores on this very sample, if they are known; saves half the time.
         reporter: shown the progress.
 
+    Attributes:
+        before: the scores before training.
+
     Raises:
         DataError: no token of the sample counts.
     """
@@ -85,16 +90,24 @@ class DriftMeter:
         self._model, self._sample = model, sample
         self._count, self._reporter = count, reporter
         self._seconds = 0.0
-        self._before = before or self._profile()
+        self.before = before or self._profile()
 
-    def read(self, selection: Selection) -> Drift:
+    def read(self, selection: Selection, out: Path | None = None) -> Drift:
         """Profile the model, now trained, and compare.
+
+        Args:
+            selection: the experts that trained.
+            out: a folder that gets the scores before and after, as files of their own.
 
         Raises:
             EsftError: nothing is selected.
+            OutputError: the files cannot be written.
         """
         after = self._profile()
-        return compare(self._before, after, selection, seconds=round(self._seconds, 3))
+        if out is not None:
+            self.before.write(out / ROUTING_BEFORE)
+            after.write(out / ROUTING_AFTER)
+        return compare(self.before, after, selection, seconds=round(self._seconds, 3))
 
     def _profile(self) -> Scores:
         start = time.monotonic()

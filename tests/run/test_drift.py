@@ -71,6 +71,11 @@ def test_a_run_measures_what_it_did(
     # The merged experts are rounded to bf16, those that were measured are not.
     assert result.drift.after == pytest.approx(sum(shares[1]) / len(chosen), abs=3e-4)
     assert abs(result.drift.after - result.drift.before) > 1e-3
+    # What was compared lies in the folder: the same figures follow from the files.
+    files = [tmp_path / "run" / f"routing_{when}.json" for when in ("before", "after")]
+    again = compare(*map(Scores.read, files), Selection.read(tmp_path / "run" / "selection.json"))
+    assert (again.before, again.after) == (result.drift.before, result.drift.after)
+    assert again.largest == result.drift.largest
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"{result.drift.before:.3f} before" in card
     assert f"{100 * result.moved.share:.1f} % of them" in card
@@ -91,6 +96,7 @@ def test_what_is_not_measured(
     wanted["training"] = setting["training"] | {"max_steps": 1}
     result = esft.train(wanted, tmp_path / "run")
     assert result.drift is None
+    assert not list((tmp_path / "run").glob("routing_*"))
     assert (result.stored_moved is None) == (method == "lora")
     assert (result.moved is None) == (method == "full")
     assert result.moved is None or result.moved.changed > 0
