@@ -108,7 +108,8 @@ def test_init_then_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """The two commands of the head, with fewer steps."""
     monkeypatch.chdir(tmp_path)
     assert run_esft("init").returncode == 0
-    few = ["--steps", 2, "--set", "data.eval=null", "--set", "selection.tokens=512"]
+    few = ["--steps", 1, "--set", "evaluation.max_rows=1", "--set", "selection.tokens=512"]
+    few += ["--set", "evaluation.general_max_rows=1", "--set", "data.eval_rows=1"]
     result = run_esft("train", "recipe.yaml", "--out", "run", *few)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "delta" / "esft_config.json").is_file()
