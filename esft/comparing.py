@@ -234,7 +234,7 @@ class _Compared:
         ended = [each for each in grid if each.outcome is not None]
         if not ended:
             return
-        rate = choose_learning_rate(ended)
+        rate = choose_learning_rate(ended, tolerance=self.recipe.spec.tolerance)
         self.chosen[task, method] = rate
         if len(grid) > 1:
             self.reporter.note(f"{task} {method}: learning rate {rate:g}")

@@ -18,7 +18,6 @@ import esft
 from esft.comparison.records import Comparison, RunRecord, read_comparison
 from esft.errors import DataError, EsftError, OutputError, RecipeError
 from tests.checkpoints import save_tiny
-from tests.command import esft_json, refusal
 from tests.notes import Notes
 
 RATES, SEEDS = [1e-3, 3e-2], [5, 9]
@@ -223,26 +222,24 @@ def test_a_process_that_is_killed_is_a_failed_run_and_is_tried_again(
     asked["training"]["max_steps"] = 2000
     program = tmp_path / "program.py"
     program.write_text(
-        f"import json, esft\nesft.compare(json.loads({json.dumps(json.dumps(asked))}), {str(out)!r})"
+        f"import json, esft\nasked = json.loads({json.dumps(asked)!r})\n"
+        f"esft.compare(asked, {str(out)!r})"
     )
     process = subprocess.Popen([sys.executable, str(program)], env=_environment())
-    lock = _wait_for(out, "runs/**/.lock")
-    os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+    os.kill(_running(out), signal.SIGKILL)
     assert process.wait(60) == 0
     (failed,) = read_comparison(out).records
     assert "signal 9" in str(failed.error)
     assert "out of memory?" in str(failed.error)
 
     process = subprocess.Popen([sys.executable, str(program)], env=_environment())
-    lock = _wait_for(out, "runs/**/.lock")
-    run = json.loads(lock.read_text())["pid"]
+    run = _running(out)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert not _lives(run)
     # The same when nothing can be tidied up: who asked for the run is gone.
     process = subprocess.Popen([sys.executable, str(program)], env=_environment())
-    lock = _wait_for(out, "runs/**/.lock")
-    run = json.loads(lock.read_text())["pid"]
+    run = _running(out)
     process.kill()
     process.wait()
     _wait(lambda: not _lives(run))
@@ -252,11 +249,14 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
 
 
-def _wait_for(out: Path, pattern: str) -> Path:
-    found: list[Path] = []
+def _running(out: Path) -> int:
+    """Wait until a run of the comparison has its lock; return its process."""
+    found: list[int] = []
 
     def there() -> bool:
-        found[:] = [file for file in out.glob(pattern) if file.stat().st_size]
+        # A killed run leaves its lock behind.
+        texts = [file.read_text() for file in out.glob("runs/**/.lock")]
+        found[:] = [pid for text in texts if text and _lives(pid := json.loads(text)["pid"])]
         return bool(found)
 
     _wait(there)

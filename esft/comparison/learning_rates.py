@@ -9,7 +9,9 @@ from esft.comparison.statistics import Summary
 from esft.errors import EsftError
 
 
-def choose_learning_rate(records: Iterable[RunRecord], metric: str | None = None) -> float:
+def choose_learning_rate(
+    records: Iterable[RunRecord], metric: str | None = None, tolerance: float = 0.0
+) -> float:
     """Return the learning rate with the highest mean score on the validation rows.
 
     A run's score is that of its last evaluation. Equal scores are told apart by the lower mean
@@ -21,6 +23,8 @@ def choose_learning_rate(records: Iterable[RunRecord], metric: str | None = None
     Args:
         records: of one method on one task (or on several), at all its rates and seeds.
         metric: the score; None takes the first one of each evaluation.
+        tolerance: scores that are at most this far below the best one count as good as it, and the
+            lowest of their rates is taken: a higher one forgets more for next to nothing.
 
     Raises:
         EsftError: no run was evaluated, or not by this metric.
@@ -37,7 +41,10 @@ def choose_learning_rate(records: Iterable[RunRecord], metric: str | None = None
             f"no learning rate can be chosen: no run was scored on validation rows "
             f"({', '.join(names) or 'there are no runs'})"
         )
-    return min(ranked)[-1]
+    failed, best, *_ = min(ranked)
+    if not tolerance:
+        return min(ranked)[-1]
+    return min(rank[-1] for rank in ranked if rank[0] == failed and rank[1] <= best + tolerance)
 
 
 def _rank(runs: list[RunRecord], metric: str | None) -> tuple[int, float, float] | None:

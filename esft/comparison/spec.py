@@ -30,6 +30,7 @@ class CompareSpec(BaseModel):
         default_factory=lambda: list(DEFAULT_METHODS)
     )
     learning_rates: list[_Rate] = Field(default_factory=list)
+    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     seeds: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 2])
     sweep: dict[str, list[int | float]] = Field(default_factory=dict)
     keep_deltas: Literal["all", "chosen", "none"] = "chosen"
