@@ -147,7 +147,7 @@ def profile_model(
     if not total:
         raise DataError(f"--count {count}: no token of the sample counts")
     device = model.device
-    size = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
+    size = batch_tokens or tokens_at_once(device.type)
     lengths = [len(example.input_ids) for example in examples]
     # Every other row goes to the second half of the sample.
     halves = [
@@ -244,6 +244,11 @@ def sample_rows(
 def context_length(model: PreTrainedModel, seq_len: int) -> int:
     """Return `seq_len`, or the most tokens that the model can take if that is less."""
     return min(seq_len, getattr(text_config(model), "max_position_embeddings", seq_len))
+
+
+def tokens_at_once(device: str) -> int:
+    """Return how many tokens, padding included, are profiled in one batch on a type of device."""
+    return _BATCH_TOKENS.get(device, _BATCH_TOKENS_GPU)
 
 
 def stored_bytes(folder: Path) -> int | None:

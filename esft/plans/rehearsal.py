@@ -1,0 +1,226 @@
+"""A run without its weights: the model is prepared, takes a step, and is profiled."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from esft.loading import auto_class, load_config
+from esft.locating import first_line, trusted
+from esft.methods import make_method
+from esft.moe import trainable_parameters
+from esft.plans.batch import Batch
+from esft.plans.counts import Chosen
+from esft.plans.optimizers import make_optimizer, optimizer_name, state_bytes
+from esft.plans.pretence import Tracker, pretending
+from esft.plans.routing import routed
+from esft.recipe_sections import Recipe
+from esft.run.labelled import labelled_logits
+from esft.run.recomputation import KEY, recompute_layers
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a run takes, in bytes but for the last.
+
+    Attributes:
+        frozen: weights and buffers that do not train.
+        trained: weights that do, in the dtype that they train in.
+        gradients: of these.
+        optimizer: its state.
+        saved: what a forward pass keeps for the backward pass.
+        training: the most at one time while training; None where the model's code asks for the
+            content of tensors.
+        profiling: the same while experts are scored; 0 where they are not.
+        shapes: of the parameters that train.
+        adapter: whether what trains is an adapter and not weights of the base.
+        flops: floating-point operations of one optimizer step; None as `training`.
+        obstacle: why these are None.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    saved: int | None
+    training: int | None
+    profiling: int | None
+    shapes: tuple[torch.Size, ...]
+    adapter: bool
+    flops: int | None
+    obstacle: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers train."""
+        return sum(shape.numel() for shape in self.shapes)
+
+
+def rehearse(
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
+    chosen: Chosen,
+    batch: Batch,
+    *,
+    profiled: tuple[int, int] = (0, 0),
+) -> Rehearsed:
+    """Go through a run on tensors without content.
+
+    Args:
+        recipe: of the run, `training` section with or without defaults.
+        folder: of the model; only its configuration is read.
+        dtype: that weights are loaded in.
+        chosen: the experts that train.
+        batch: what each step sees.
+        profiled: rows and tokens of each that the experts are scored on at once; 0 rows for none.
+
+    Raises:
+        RecipeError, ModelError, SelectionError: as training would.
+    """
+    config = load_config(folder)
+    with pretending() as tracker, routed(chosen.routed):
+        with no_init_weights():
+            model = auto_class(config).from_config(
+                config, dtype=dtype, trust_remote_code=trusted.get()
+            )
+        model.tie_weights()  # which is otherwise part of the initialising that is left out
+        prepared = make_method(recipe, chosen.selection).prepare(model)
+        named = trainable_parameters(prepared)
+        parameters = list(named.values())
+        trained = sum(parameter.nbytes for parameter in parameters)
+        if recipe.training.get("gradient_checkpointing"):
+            recompute_layers(prepared, recipe.training.get(KEY))
+        fixed = tracker.live
+        name = optimizer_name(recipe.training)
+        shapes = tuple(parameter.shape for parameter in parameters)
+        state = state_bytes(name, shapes, parameters[0].dtype.itemsize)
+        saved = training = profiling = flops = obstacle = None
+        try:
+            step = _Step(recipe, prepared, parameters, batch, tracker)
+            optimizer = make_optimizer(name, parameters)
+            step.take(state if optimizer is None else optimizer)
+            saved, training, flops = step.saved, step.peak, step.flops
+            profiling = _profile(model, profiled, tracker)
+        except Exception as error:  # a family's own code, on tensors that it did not expect
+            obstacle = first_line(error)
+    return Rehearsed(
+        frozen=fixed - trained,
+        trained=trained,
+        gradients=trained,
+        optimizer=state,
+        saved=saved,
+        training=training,
+        profiling=profiling,
+        shapes=shapes,
+        adapter=any("lora_" in key for key in named),
+        flops=flops,
+        obstacle=obstacle,
+    )
+
+
+class _Step:
+    """A later optimizer step of a run, as transformers' Trainer and `EsftTrainer` take it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        batch: Batch,
+        tracker: Tracker,
+    ) -> None:
+        self.training, self.model, self.parameters = recipe.training, model, parameters
+        self.batch, self.tracker = batch, tracker
+        self.saved = self.peak = self.flops = 0
+
+    def take(self, optimizer: torch.optim.Optimizer | int) -> None:
+        """Take it.
+
+        Args:
+            optimizer: or the bytes of its state, where it cannot be had.
+        """
+        self.model.train()
+        self._give_gradients()
+        # Not the first step: the optimizer's state is there.
+        state = self._update(optimizer)
+        if self.batch.accumulated > 1:  # nor the first of its batches: so are the gradients
+            self._give_gradients()
+        self.tracker.reset()
+        self._pass()
+        if norm := self.training.get("max_grad_norm", 1.0):
+            torch.nn.utils.clip_grad_norm_(self.parameters, norm)
+        if state is None:
+            self._update(optimizer)
+        self.flops = self.tracker.flops * self.batch.accumulated
+        self.peak = self.tracker.peak
+        del state
+
+    def _give_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = torch.empty_like(parameter)
+
+    def _update(self, optimizer: torch.optim.Optimizer | int) -> Tensor | None:
+        if isinstance(optimizer, int):
+            state = torch.empty(optimizer, dtype=torch.uint8)
+        else:
+            state = None
+            optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return state
+
+    def _pass(self) -> None:
+        before = self.tracker.live
+        inputs = _inputs(self.batch)
+        with ExitStack() as stack:
+            stack.enter_context(_autocast(self.training))
+            with self.tracker.finding(self.batch.labelled):
+                given = stack.enter_context(labelled_logits(self.model, inputs))
+            loss = self.model(**given, **self._items())["loss"]
+        self.saved = self.tracker.live - before
+        loss.backward()
+
+    def _items(self) -> dict[str, Tensor]:
+        """Return what Trainer gives to a model that can divide its loss by it."""
+        options = inspect.signature(self.model.forward).parameters.values()
+        takes = any(option.kind is option.VAR_KEYWORD for option in options)
+        return {"num_items_in_batch": torch.ones((), dtype=torch.int64)} if takes else {}
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """Return a batch as `esft.data.packing.collate` makes it."""
+    shape = batch.rows, batch.length
+    place = "position_ids" if batch.packed else "attention_mask"
+    names = ("input_ids", "labels", place)
+    return {name: torch.ones(shape, dtype=torch.int64) for name in names} | {"use_cache": False}
+
+
+@contextmanager
+def _autocast(training: dict[str, Any]) -> Iterator[None]:
+    if not (training.get("bf16") or training.get("fp16")):
+        yield
+        return
+    narrow = torch.bfloat16 if training.get("bf16") else torch.float16
+    with torch.autocast("cpu", dtype=narrow):
+        yield
+
+
+def _profile(model: Any, shape: tuple[int, int], tracker: Tracker) -> int:
+    """Return the peak of a forward pass without logits; the optimizer's state is still there."""
+    if not shape[0]:
+        return 0
+    model.eval()
+    tracker.reset()
+    with torch.no_grad():
+        ids = torch.ones(shape, dtype=torch.int64)
+        model.base_model(input_ids=ids, attention_mask=None, use_cache=False)
+    return tracker.peak
