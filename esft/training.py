@@ -25,7 +25,9 @@ from esft.moe import inspect, moe_layers, trainable_parameters
 from esft.progress import SILENT, Reporter
 from esft.recipe import as_recipe
 from esft.recipe_sections import CheckpointSpec, Recipe
+from esft.report.base_card import describe_base
 from esft.report.card import run_card
+from esft.report.delta_card import delta_card
 from esft.routers.losses import RouterLosses, check_losses, make_losses, silence_own_losses
 from esft.run import lock as run_lock
 from esft.run.about import about_run
@@ -33,6 +35,7 @@ from esft.run.checkpoint import SavedState
 from esft.run.choice import Sampler, given_selection, selection_rule
 from esft.run.determinism import deterministic
 from esft.run.fields import training_arguments, with_defaults
+from esft.run.flops import run_flops
 from esft.run.folder import (
     BAD_ROWS,
     CARD,
@@ -171,7 +174,7 @@ class _Run:
         losses = make_losses(
             self.recipe.losses, layers, self.anatomy.model_type, reporter=self.reporter
         )
-        trained = sum(parameter.numel() for parameter in trainable_parameters(prepared).values())
+        trained = sum(parameter.numel() for parameter in method.parameters(prepared).values())
         # Where most of the model trains, a copy of it would be a second model in memory.
         start_weights = StartingPoint(prepared) if 2 * trained < self.anatomy.total else None
         meter = sampler.drift_meter(prepared, self.selection, scores)
@@ -231,16 +234,35 @@ class _Run:
             drift=meter.read(self.selection, self.out) if meter and self.selection else None,
             delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
             peak_memory=peak_memory(model.device),
+            flops=run_flops(
+                trainer,
+                self.data.train_set,
+                layers,
+                scores or (meter.before if meter else None),
+                self.selection,
+                recomputed=bool(self.recipe.training.get("gradient_checkpointing")),
+            ),
             evaluation=evaluation,
             test=test,
             general=general,
             adapter=method.adapter,
         )
         write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
+        write_text(self.out / DELTA / CARD, self._delta_card(result))
         if test is not None:
             test.write(self.out / TEST_ANSWERS)
         write_json(self.out / RESULT, result.to_dict())
         return result
+
+    def _delta_card(self, result: RunResult) -> str:
+        return delta_card(
+            self.recipe,
+            result,
+            self.selection,
+            base=describe_base(self.recipe.model, self.folder, self.anatomy.architecture),
+            arguments=self.arguments,
+            data=self._guard["data"],
+        )
 
     def _select(self, sampler: Sampler, model: PreTrainedModel) -> Scores | None:
         """Select experts where that is asked for and not yet done; return the scores behind it."""

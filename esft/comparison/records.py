@@ -55,7 +55,7 @@ class Outcome:
         step_seconds: median over the steps, in seconds.
         tokens_per_second: of training.
         peak_memory: bytes.
-        flops: of training, by formula (`esft.comparison.flops`); None where there is none for it.
+        flops: of training, by formula (`esft.run.flops`); None where there is none for it.
         selection: layer -> experts that trained, best first; None where none were selected.
         drift: how the selected experts' share of the gate scores changed; `Drift.to_dict`.
     """

@@ -37,6 +37,8 @@ class RunResult:
         drift: how the selected experts' gate scores changed; None if that was not measured.
         delta_bytes: size of the delta's weights on disk.
         peak_memory: of the device, or of the process on a CPU.
+        flops: floating-point operations of training by formula, see `esft.run.flops`; earlier
+            parts of a resumed run included.
         evaluation: the trained model on `data.eval`, if given.
         test: the trained model on `data.test`, if given.
         general: the trained model's loss on each other domain, in nats a token, if any is given.
@@ -61,6 +63,7 @@ class RunResult:
     drift: Drift | None
     delta_bytes: int
     peak_memory: int
+    flops: float
     evaluation: Evaluation | None
     test: TestScores | None = None
     general: dict[str, float] | None = None

@@ -8,11 +8,14 @@ So the two agree to the last operation, but for what each test says.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_tiny
 from models import HIDDEN, LAYERS, TOP_K, VOCAB, tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +25,9 @@ import esft
 from esft.data.example import IGNORED
 from esft.data.packing import TrainSet
 from esft.layer_scores import LayerScores
+from esft.loading import load_model
 from esft.methods import LoraMethod
+from esft.methods.hot_lora import HotLoraMethod
 from esft.moe import moe_layers
 from esft.recipe_sections import LoraSpec
 from esft.run.flops import Work, selected_shares, training_flops
@@ -217,3 +222,72 @@ def test_the_textbook_rule_is_near() -> None:
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - VOCAB * HIDDEN
     active = matrices + LAYERS * TOP_K * per_expert
     assert training_flops(model, layers, Work(100, 100, 0, 1)) == 6 * active * 100
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
+def test_hot_lora_is_counted_exactly(family: str) -> None:
+    """Its factors cost in each pass, and the whole weight's gradient in each token's experts."""
+    model = _model(family)
+    layers, shares = moe_layers(model), _shares(model, [1, 3])
+    selection = Selection({layer.index: [1, 3] for layer in layers[1:]})
+    prepared = HotLoraMethod(selection, LoraSpec(r=RANK)).prepare(model)
+    found = training_flops(prepared, layers, WORK, shares)
+    assert found == pytest.approx(_counted(prepared), abs=1)
+
+
+def _attended(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count `[B, heads, S, d]` queries, keys and values."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _attended_backward(_: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+    return 2 * _attended(q, k, v)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """Return a recipe of two steps of four rows of one length, so that no batch is padded."""
+    rows = [{"prompt": f"{n}:", "completion": "abcdefgh"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": save_tiny(tmp_path / "base"),
+        "data": {"train": tmp_path / "rows.jsonl", "max_length": 32, "packing": False},
+        "training": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
+    }
+
+
+def test_a_run_tells_the_operations_of_all_its_steps(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The counter watches the whole of `esft.train`."""
+    known = {
+        torch.ops.aten._grouped_mm: _grouped,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attended_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        result = esft.train(recipe | {"method": "full"}, tmp_path / "run")
+    assert result.flops == counter.get_total_flops()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["flops"] == result.flops
+
+
+def test_a_run_knows_how_often_its_experts_were_chosen(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    result = esft.train(recipe | {"selection": {"p": 0.4}}, tmp_path / "run")
+    selection = Selection.read(tmp_path / "run" / "selection.json")
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["layers"]
+    shares = {
+        layer: sum(scores[str(layer)]["token"][expert] for expert in ids)
+        for layer, ids in selection.experts.items()
+    }
+    model = load_model(recipe["model"])
+    layers = moe_layers(model)
+    esft.attach(model, selection)
+    length = 12  # the beginning, `0:`, eight letters, the end
+    work = Work(tokens=8 * length, labelled=8 * 9, context=length, passes=4)
+    assert result.flops == pytest.approx(training_flops(model, layers, work, shares))
