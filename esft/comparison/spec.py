@@ -123,8 +123,9 @@ def given_options(
                     f"--{option.replace('_', '-')} {text}: expected numbers with commas between"
                 ) from None
             found.append(Override(f"--{option.replace('_', '-')}", (SECTION, option), values))
-    for key, values in map(parse_sweep, sweeps):
-        found.append(Override(f"--sweep {key}", (SECTION, "sweep", key), values))
+    for text in sweeps:
+        key, swept = parse_sweep(text)
+        found.append(Override(f"--sweep {key}", (SECTION, "sweep", key), swept))
     return found
 
 

@@ -43,6 +43,18 @@ def summary_table(comparison: Comparison) -> Table:
     return _table(comparison, "summary", "What methods score, keep and cost", columns, notes)
 
 
+def overview_table(comparison: Comparison) -> Table:
+    """Return a table narrow enough for a terminal: averages over tasks, and what a run costs."""
+    costs = [cost for cost in figures.costs() if cost.key in ("trained", "bytes", "step_seconds")]
+    columns = [_averaged("", figures.score(comparison.metric), comparison.tasks)]
+    if figures.domains(comparison):
+        general = figures.general_average()
+        columns.append(_averaged("", general, comparison.tasks, "general loss"))
+    columns += [_averaged("", cost, comparison.tasks) for cost in costs]
+    title = f"{', '.join(comparison.tasks)}: {len(comparison.seeds)} seeds"
+    return _table(comparison, "overview", title, columns, [_marks(), *_missing(comparison)])
+
+
 def tradeoff_table(
     comparison: Comparison, fractions: Sequence[float] = tradeoff.FRACTIONS
 ) -> Table:
