@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esft.compression import CODING, encode
+from esft.copying import copy_file
 from esft.delta import Delta, read_delta
 from esft.delta_weights import source_of
 from esft.dtypes import width
@@ -20,7 +21,9 @@ from esft.locating import resolve
 from esft.manifest import STEM, write_manifest
 from esft.official import write_official
 from esft.shard_writer import SHARD_SIZE, Source, write_shards
-from esft.shards import Checkpoint, open_checkpoint, read_blocks
+from esft.shards import Checkpoint, open_checkpoint, read_blocks, refuse_link_outside
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def export(
     opened = read_delta(Path(delta))
     if opened.is_adapter:
         raise DeltaError(f"{delta}: a LoRA adapter is in PEFT's own files; copy the folder")
+    card = opened.folder / CARD
+    refuse_link_outside(card)
     checkpoint = None
     if compress or opened.coding is not None:
         if base is None:
@@ -91,17 +96,17 @@ def export(
         checkpoint = open_checkpoint(resolve(base))
         opened.check_base(checkpoint, hashes=False)
     if checkpoint is None:
-        _write(opened, out, None, official, shard_size)
+        _write(opened, out, None, official, shard_size, card)
     else:
         with opened.plain(checkpoint) as plain:
-            _write(plain, out, checkpoint if compress else None, official, shard_size)
+            _write(plain, out, checkpoint if compress else None, official, shard_size, card)
     return _counted(opened, out, "model" if official else STEM)
 
 
 def _write(
-    delta: Delta, out: Path, base: Checkpoint | None, official: bool, shard_size: int
+    delta: Delta, out: Path, base: Checkpoint | None, official: bool, shard_size: int, card: Path
 ) -> None:
-    """Write a delta of uncoded values; coded against `base` if it is given."""
+    """Write a delta of uncoded values; coded against `base` if it is given. `card` goes along."""
     if official:
         write_official(delta, out, shard_size=shard_size)
         return
@@ -117,6 +122,8 @@ def _write(
         if base is not None:
             for name, tensor in tensors.items():
                 tensor["coded"] = vars(written[name])
+        if card.is_file():
+            copy_file(card, folder / CARD)
         coding = None if base is None else CODING
         write_manifest(folder, delta.base, delta.manifest, tensors, coding)
 

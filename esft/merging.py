@@ -22,6 +22,7 @@ from esft.fingerprint import hash_tensor
 from esft.locating import resolve
 from esft.patching import Patch, patched_blocks, patches
 from esft.progress import SILENT, Reporter
+from esft.report.merged_card import merged_card
 from esft.shards import INDEX, Checkpoint, open_checkpoint
 
 Deltas = str | Path | Sequence[str | Path]
@@ -87,7 +88,7 @@ def merge(
             changes = patches(plain, checkpoint.entries, on_conflict)
             _write_merged(checkpoint, opened, changes, folder, reporter)
             changed = len(changes)
-        write_text(folder / "README.md", _card(base, opened, changed))
+        write_text(folder / "README.md", merged_card(base, source, opened, changed))
     return out
 
 
@@ -231,16 +232,3 @@ def _merge_adapter(source: Path, delta: Delta, folder: Path) -> None:
     (folder / INDEX).unlink(missing_ok=True)  # of the base's files, which are cut anew
     with explain_write_errors(folder):
         model.save_pretrained(folder)
-
-
-def _card(base: str | Path, deltas: Sequence[Delta], changed: int) -> str:
-    name = deltas[0].manifest["base"].get("name", base)
-    many = len(deltas) > 1
-    methods = ", ".join(f"`{method}`" for method in dict.fromkeys(one.method for one in deltas))
-    return (
-        f"# {name}, specialised\n\n"
-        f"A merge by [esft](https://arxiv.org/abs/2407.01906) of the base `{name}` and "
-        f"{f'{len(deltas)} deltas' if many else 'a delta'} trained by the method {methods}. "
-        f"Of {len(deltas[0].base)} tensors {changed} differ from the base.\n\n"
-        f"This is an ordinary checkpoint: load it with transformers; esft is not needed.\n"
-    )
