@@ -217,7 +217,7 @@ def _check_low_rank(path: Path, low_rank: Any) -> None:
     found = low_rank if isinstance(low_rank, dict) else {}
     rank, alpha = found.get("r", 0), found.get("alpha", math.nan)
     numbers = isinstance(rank, int) and isinstance(alpha, int | float)
-    if not (numbers and rank > 0 and math.isfinite(alpha)):
+    if not (numbers and 0 < rank < 2**31 and abs(alpha) < 2**53):
         raise DeltaError(f"{path}: low_rank: needs r above 0, and alpha; the file is damaged")
 
 

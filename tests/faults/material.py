@@ -17,6 +17,7 @@ from esft.delta import Delta, read_delta, write_delta
 from esft.errors import EsftError
 from esft.exporting import export
 from esft.fingerprint import fingerprint, tokenizer_digest
+from esft.low_rank_delta import Factors, write_low_rank_delta
 from esft.merging import merge
 from esft.shards import Checkpoint, open_checkpoint, read_blocks
 from tests.deltas import CONFIG
@@ -87,6 +88,27 @@ def save_delta(base: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def save_low_rank(base: Path, folder: Path) -> Path:
+    """Write the delta of low-rank factors that training the picked experts' would give."""
+    folder.mkdir(parents=True)
+    about = {"method": "hot-lora", "base": {"name": "tiny", "tokenizer": tokenizer_digest(base)}}
+    generator = torch.Generator().manual_seed(2)
+    tensors = load_file(base / "model.safetensors")
+    changes, factors = [], []
+    for change in trained(tensors):
+        *stack, p, q = change.value.shape
+        left = torch.randn(*stack, p, 2, generator=generator) * 0.01
+        right = torch.randn(*stack, 2, q, generator=generator)
+        before = tensors[change.name]
+        before = before if change.rows is None else before[list(change.rows)]
+        value = (before.double() + 4 / 2 * left.double() @ right.double()).float()
+        changes.append(Changed(change.name, value, change.rows))
+        factors.append(Factors(change.name, left, right))
+    hashed = fingerprint(open_checkpoint(base))
+    write_low_rank_delta(folder, hashed, changes, factors, about, r=2, alpha=4)
+    return folder
+
+
 class Material:
     """What every case starts from; made once and never changed.
 
@@ -95,6 +117,7 @@ class Material:
         plain: its delta in one file.
         sharded: the same in several files.
         coded: the same, compressed.
+        low_rank: another of the same tensors, as factors; `low_rank_values` are what they lead to.
         merged: the right result.
         values: the delta's tensors, as bytes; `rows` the rows that they are.
         fingerprint: the base's, as the delta has it.
@@ -106,9 +129,11 @@ class Material:
         self.sharded = save_delta(self.base, root / "sharded", shard_size=200)
         self.coded = root / "coded"
         export(self.plain, self.coded, base=self.base, compress=True)
+        self.low_rank = save_low_rank(self.base, root / "low-rank")
         self.merged = merge(self.base, self.plain, root / "merged")
         delta = read_delta(self.plain)
         self.values = values(delta, open_checkpoint(self.base))
+        self.low_rank_values = values(read_delta(self.low_rank), open_checkpoint(self.base))
         self.rows, self.fingerprint = delta.rows, delta.base
 
 
