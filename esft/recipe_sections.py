@@ -112,6 +112,8 @@ class EvaluationSpec(_Strict):
             each a domain of that name, or domains by name.
         max_rows: score only the first rows of `data.eval`, and of `data.test`.
         general_max_rows: score only the first rows of each domain.
+        allow_code: whether code that the model writes may be run, in a sandbox: `pass_at_1`.
+        code_seconds: that one answer's code and its tests may take.
     """
 
     metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
@@ -119,6 +121,8 @@ class EvaluationSpec(_Strict):
     general: str | dict[str, str | SourceSpec] | None = None
     max_rows: int | None = Field(default=None, gt=0)
     general_max_rows: int | None = Field(default=None, gt=0)
+    allow_code: bool = False
+    code_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
 
 
 class LoraSpec(_Strict):

@@ -21,7 +21,7 @@ from esft.inference import check_vocabulary
 from esft.loading import load_model, load_tokenizer, refuse_quantised
 from esft.locating import resolve
 from esft.methods import make_method
-from esft.moe import inspect, moe_layers, trainable_parameters
+from esft.moe import inspect, moe_layers
 from esft.progress import SILENT, Reporter
 from esft.recipe import as_recipe
 from esft.recipe_sections import CheckpointSpec, Recipe
@@ -250,7 +250,7 @@ class _Run:
         write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
         write_text(self.out / DELTA / CARD, self._delta_card(result))
         if test is not None:
-            test.write(self.out / TEST_ANSWERS)
+            test.write_answers(self.out / TEST_ANSWERS)
         write_json(self.out / RESULT, result.to_dict())
         return result
 

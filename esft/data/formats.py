@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from esft.data.conversations import messages_row, prompted_row, sharegpt_row
@@ -31,6 +32,7 @@ STRUCTURED = (
     *("input_ids", "labels", "completion_mask", "assistant_masks"),
     *("attention_mask", "position_ids", "seq_lengths"),
 )
+_CODE = ("tests", "setup")  # rows of any format may have them, for pass_at_1
 EXPECTED = (
     "expected `messages`, `prompt` and `completion`, `instruction` and `output` (alpaca), "
     "`conversations` (sharegpt), `text` or `input_ids` (tokenized)"
@@ -70,7 +72,20 @@ def make_row(value: Mapping[str, Any], where: str, format: Format) -> Row:
     for key in _MARKS[format]:
         if key not in value:
             raise DataError(f"{where}: no `{key}`, which the format {format} needs")
-    return _MAKERS[format](value, where)
+    row = _MAKERS[format](value, where)
+    if all(value.get(key) is None for key in _CODE):
+        return row
+    tests, setup = (_code(value.get(key), key, where) for key in _CODE)
+    return replace(row, tests=tests, setup=setup)
+
+
+def _code(value: Any, key: str, where: str) -> str:
+    """Return Python code that is given as text, or as a list of statements; empty for None."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    return text(value, f"`{key}`", where, may_be_empty=True)
 
 
 def _prompt_completion(value: Mapping[str, Any], where: str) -> Row:

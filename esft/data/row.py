@@ -55,6 +55,8 @@ class Row:
         text: all of it is learnt.
         input_ids: S token ids.
         supervised: S flags: which of them are learnt.
+        tests: Python code that an answer's code is scored by, see `esft.measures.pass_at_1`.
+        setup: Python code that goes in front of the answer's.
     """
 
     where: str
@@ -66,6 +68,8 @@ class Row:
     text: str = ""
     input_ids: tuple[int, ...] = ()
     supervised: tuple[bool, ...] = ()
+    tests: str = ""
+    setup: str = ""
 
     @property
     def format(self) -> RowFormat:

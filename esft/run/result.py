@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from esft.evaluation import Evaluation
+from esft.measures.task import TaskScores
 from esft.run.drift import Drift
 from esft.run.movement import Moved
-from esft.run.scoring import TestScores
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RunResult:
     peak_memory: int
     flops: float
     evaluation: Evaluation | None
-    test: TestScores | None = None
+    test: TaskScores | None = None
     general: dict[str, float] | None = None
     adapter: dict[str, int] | None = None
 

@@ -46,6 +46,7 @@ class TaskData:
         general: the rows of each of the other domains, in tokens.
         pad_id: fills the places after a row's end.
         bad_rows: what was skipped of any.
+        tokenizer: that made the tokens.
     """
 
     sources: list[SourceRows]
@@ -59,6 +60,7 @@ class TaskData:
     test: ScoredSet
     pad_id: int
     bad_rows: BadRows
+    tokenizer: Any
     general: dict[str, list[Example]] = field(default_factory=dict)
 
 
@@ -140,6 +142,7 @@ def prepare(
         general=general,
         pad_id=pad_id,
         bad_rows=bad_rows,
+        tokenizer=tokenizer,
     )
 
 
