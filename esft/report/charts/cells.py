@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STRONG = 0.55  # of the way through the colours: from here on, letters for strong ground
+_STRONG = 0.7  # of the way through the levels: from here on, letters for strong ground
 _NO_CELL = -1
 Corner = tuple[int, int]  # row, column
 
@@ -69,7 +69,8 @@ def draw_cells(
         spine.set(visible=True, color=MUTED, linewidth=0.6)
     if numbers:
         for (row, column), value in np.ndenumerate(values):
-            letters = ON_STRONG if parts[row, column] > _STRONG else ON_PALE
+            strong = levels[row, column] >= _STRONG * len(colours)
+            letters = ON_STRONG if strong else ON_PALE
             axes.text(
                 *(column, row, f"{value:.2f}"),
                 ha="center",

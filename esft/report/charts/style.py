@@ -26,7 +26,7 @@ DARK = {
     SURFACE: "#14181d",
     MISSING: "#3b424b",
     ON_PALE: "#f4f7fa",
-    ON_STRONG: "#0b0f14",
+    ON_STRONG: "#05070a",
 }
 
 _METHODS: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
@@ -38,10 +38,10 @@ _METHODS: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
     ("#4a4f57", "#c9d0d8", "P", (5, 1.6)),
     ("#8c1c24", "#ff7a80", "X", (1.4, 1.4)),
     ("#5b3fb5", "#ab9bff", "*", (7, 1.6, 1.4, 1.6)),
-    ("#4f7d00", "#a5d64c", "p", ()),
+    ("#4f7d00", "#a5d64c", "p", (1.4, 1.4)),
     ("#2d8fc9", "#8fd3ff", "<", (5, 1.6)),
-    ("#d6498f", "#ffb3d9", ">", (1.4, 1.4)),
-    ("#a8693c", "#e0ae86", "h", (7, 1.6, 1.4, 1.6)),
+    ("#d6498f", "#ffb3d9", ">", (7, 1.6, 1.4, 1.6)),
+    ("#a8693c", "#e0ae86", "h", ()),
 )
 DARK |= {light: dark for light, dark, _, _ in _METHODS}
 
@@ -106,10 +106,10 @@ def changes() -> list[str]:
     return [*reversed(less), "#f3f4f5", *more]
 
 
-def _mix(start: str, middle: str, end: str, part: float) -> str:
-    """Return the colour at `part` of the way, 0 to 1, through three colours."""
-    first, second = (start, middle) if part < 0.5 else (middle, end)
-    place = 2 * part if part < 0.5 else 2 * part - 1
+def _mix(start: str, middle: str, end: str, part: float, turn: float = 0.5) -> str:
+    """Return the colour at `part` of the way, 0 to 1, through three colours; `middle` at `turn`."""
+    first, second = (start, middle) if part < turn else (middle, end)
+    place = part / turn if part < turn else (part - turn) / (1 - turn)
     channels = (
         round(int(first[at : at + 2], 16) * (1 - place) + int(second[at : at + 2], 16) * place)
         for at in (1, 3, 5)
@@ -121,7 +121,11 @@ def _dark_cells() -> dict[str, str]:
     steps = [part / CHANGES for part in range(1, CHANGES + 1)]
     less = [_mix("#22272e", "#2f6ea5", "#9fd0ff", step) for step in steps]
     more = [_mix("#22272e", "#a85a1c", "#ffc08a", step) for step in steps]
-    rising = [_mix("#1b2530", "#2f6ea5", "#cfe8ff", part / (BLUES - 1)) for part in range(BLUES)]
+    # The turn is where letters change from one colour to the other, on light ground too.
+    rising = [
+        _mix("#1b2530", "#2f6ea5", "#cfe8ff", part / (BLUES - 1), turn=0.68)
+        for part in range(BLUES)
+    ]
     both = [*reversed(less), "#22272e", *more]
     return {
         **dict(zip(blues(), rising, strict=True)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from esft.comparison.records import Comparison, RunRecord
@@ -17,8 +17,8 @@ from esft.report.charts.text import file_name, words
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Method -> value -> seed -> figure.
-Found = dict[str, dict[float, dict[int, float]]]
+# Method -> value -> (seed, figure) of its runs.
+Found = dict[str, dict[float, list[tuple[int, float]]]]
 
 
 def swept_keys(comparison: Comparison) -> list[str]:
@@ -40,8 +40,11 @@ def sweep(comparison: Comparison, task: str, key: str) -> Chart | None:
     runs = [
         run
         for run in comparison.records
-        if run.task == task and run.outcome is not None and list(run.sweep) == [key]
+        if run.task == task and run.outcome is not None and key in run.sweep
     ]
+    chosen = {(run.method, run.sweep[key]) for run in runs if run.chosen}
+    # At several learning rates, those at the chosen one count, as in `sweep_series`.
+    runs = [run for run in runs if run.chosen or (run.method, run.sweep[key]) not in chosen]
     metric = comparison.metric
     panels = [
         (metric, f"{words(metric)}, test rows  (↑ better)", _score(metric)),
@@ -106,7 +109,7 @@ def learning_rates(comparison: Comparison, task: str) -> Chart | None:
             picture.line_key(method, styles[method])
             if chosen.get(method) in values:
                 rate = chosen[method]
-                mean = Summary.of(list(values[rate].values())).mean
+                mean = Summary.of([number for _, number in values[rate]]).mean
                 axes.plot(rate, mean, "o", markersize=12, fillstyle="none", color=INK, zorder=6)
                 picture.rows.append((*place, rate, method, "chosen", f"validation_{metric}", mean))
         picture.key(
@@ -155,7 +158,7 @@ def _collect(
         for run in sorted((run for run in runs if run.method == method), key=at):
             number = read(run)
             if number is not None:
-                found.setdefault(method, {}).setdefault(at(run), {})[run.seed] = number
+                found.setdefault(method, {}).setdefault(at(run), []).append((run.seed, number))
     return found
 
 
@@ -171,20 +174,23 @@ def _lines(
     styles = line_styles(comparison.methods)
     for place, (method, values) in enumerate(found.items()):
         line = styles[method]
-        means = {value: Summary.of(list(by_seed.values())) for value, by_seed in values.items()}
+        means = {
+            value: Summary.of([number for _, number in of_seeds])
+            for value, of_seeds in values.items()
+        }
         axes.plot(
             *(list(means), [mean.mean for mean in means.values()]),
             **look(line),
             zorder=3 + 1 / (1 + place),
         )
-        for value, by_seed in values.items():
+        for value, of_seeds in values.items():
             picture.rows += [
-                (*about, value, method, seed, figure, number) for seed, number in by_seed.items()
+                (*about, value, method, seed, figure, number) for seed, number in of_seeds
             ]
             picture.rows.append((*about, value, method, "mean", figure, means[value].mean))
-            if len(by_seed) > 1:
+            if len(of_seeds) > 1:
                 axes.plot(
-                    *([value] * len(by_seed), list(by_seed.values())),
+                    *([value] * len(of_seeds), [number for _, number in of_seeds]),
                     marker=".",
                     markersize=4,
                     color=line.colour,
@@ -193,6 +199,6 @@ def _lines(
                 )
 
 
-def _seeds(found: Mapping[str, Mapping[float, Mapping[int, float]]]) -> str:
-    most = max(len(by_seed) for values in found.values() for by_seed in values.values())
+def _seeds(found: Found) -> str:
+    most = max(len(of_seeds) for values in found.values() for of_seeds in values.values())
     return f"Lines: mean over up to {most} seeds; dots: the seeds." if most > 1 else "One seed."
