@@ -39,6 +39,7 @@ _HOME = {
     "train": "esft.training",
     "unmerge": "esft.unmerging",
     "verify": "esft.merging",
+    "write_report": "esft.reporting",
 }
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "train",
     "unmerge",
     "verify",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from esft.official import import_official
     from esft.previewing import preview_data
     from esft.profiling import profile
+    from esft.reporting import write_report
     from esft.run.interruption import Interrupted
     from esft.scores import Scores
     from esft.selection import Selection, select

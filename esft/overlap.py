@@ -131,9 +131,18 @@ def overlap(tasks: Mapping[str, Scores], **rule: Any) -> Overlap:
     if len(tasks) < 2:
         raise SelectionError("an overlap needs the scores of at least two tasks")
     _same_experts(tasks)
-    chosen = [select(scores, **rule).experts for scores in tasks.values()]
+    return shared({name: select(scores, **rule).experts for name, scores in tasks.items()})
+
+
+def shared(selections: Mapping[str, dict[int, list[int]]]) -> Overlap:
+    """Tell how many experts selections share.
+
+    Args:
+        selections: layer -> experts, by the names of what they are for; of the same model.
+    """
+    chosen = list(selections.values())
     return Overlap(
-        names=list(tasks),
+        names=list(selections),
         total=_pairs([_all(experts) for experts in chosen]),
         layers={
             layer: _pairs([set(experts.get(layer, [])) for experts in chosen])

@@ -23,6 +23,7 @@ from esft_cli.memory import keep_freed_memory
 from esft_cli.merge import merge
 from esft_cli.profile import profile
 from esft_cli.recipes import init, recipes
+from esft_cli.report import report
 from esft_cli.scores import app as scores_app
 from esft_cli.select import select
 from esft_cli.train import train
@@ -52,6 +53,7 @@ app.command("import")(import_)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("mask")(mask)
+app.command("report")(report)
 app.add_typer(scores_app, name="scores")
 app.add_typer(data_app, name="data")
 

@@ -43,6 +43,7 @@ OPTIONS = {
     "--dtype --trust-remote-code --json",
     "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
     "--format --split --config --skip-bad --device --dtype --trust-remote-code --json",
+    "report": "path --out --selection --json",
     "data preview": "recipe --data --eval --rows --seed --stats --set --trust-remote-code --json",
     "scores import": "path --out --top-k --experts --json",
     "scores diff": "a b --metric --p --json",
