@@ -35,9 +35,14 @@ _SIZES: dict[str, Any] = {
 }
 
 
+def config_file(model: str) -> Path:
+    """Return where a hub model's `config.json` is kept, less what esft has no use for."""
+    return CONFIGS / f"{model.replace('/', '--')}.json"
+
+
 def config_of(model: str) -> dict[str, Any]:
-    """Return what the hub has as `config.json` of a model, less what esft has no use for."""
-    return json.loads((CONFIGS / f"{model.replace('/', '--')}.json").read_text())
+    """Return a hub model's configuration."""
+    return json.loads(config_file(model).read_text())
 
 
 def save_shrunken(folder: Path, model: str) -> Path:
