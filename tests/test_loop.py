@@ -110,7 +110,7 @@ def test_smoothed_labels_are_divided_by_all_supervised_tokens(
             )
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "hot-lora", "full"])
 def test_gradient_checkpointing_changes_no_bit(
     setting: dict[str, Any], tmp_path: Path, method: str
 ) -> None:

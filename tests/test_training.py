@@ -78,14 +78,14 @@ def selected(run: Path) -> dict[int, list[int]]:
     return {int(layer): ids for layer, ids in experts.items()}
 
 
-@pytest.mark.parametrize("method", ["esft", "random", "lora", "full"])
+@pytest.mark.parametrize("method", ["esft", "random", "lora", "hot-lora", "full"])
 def test_a_run(base: Path, data: Path, tmp_path: Path, method: str) -> None:
     run, merged = tmp_path / "run", tmp_path / "merged"
     wanted = recipe(base, data, method=method, save_strategy="steps", save_steps=8)
     wanted["data"]["eval"] = data
     result = esft.train(wanted, run)
     files = {"README.md", "checkpoints", "delta", "metrics.jsonl", "recipe.yaml", "result.json"}
-    picks = method in ("esft", "random")
+    picks = method in ("esft", "random", "hot-lora")
     assert {item.name for item in run.iterdir()} == files | (
         {"scores.json", "selection.json", "routing_before.json", "routing_after.json"}
         if picks
@@ -123,7 +123,11 @@ def test_a_run(base: Path, data: Path, tmp_path: Path, method: str) -> None:
             for stack in ("gate_up_proj", "down_proj"):
                 name = f"model.layers.{layer}.mlp.experts"
                 rows = loaded[f"{name}.{stack}"][experts]
-                assert torch.equal(rows, trained[f"{name}.esft.trainable.{stack}"].bfloat16())
+                if method != "hot-lora":
+                    assert torch.equal(rows, trained[f"{name}.esft.trainable.{stack}"].bfloat16())
+    if method == "hot-lora":
+        assert all(".esft.low_rank." in name for name in trained)
+        assert all(name.split(".")[-2] in ("left", "right") for name in trained)
     if method == "lora":
         assert all("lora_" in name for name in trained)
         # Every linear layer, shared experts and the dense first layer among them, and all experts.

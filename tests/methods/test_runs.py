@@ -105,7 +105,8 @@ def test_the_matched_rank_is_the_nearest(base: Path, data: Path, tmp_path: Path)
 
 
 def test_the_lowest_rank_is_one(base: Path, data: Path, tmp_path: Path) -> None:
-    keys = {**MATCHED, "lora": {"match": "esft", "alpha": 5}, "selection": {"top_n": 1, "layers": 0}}
+    keys: dict[str, Any] = {"method": "lora", "lora": {"match": "esft", "alpha": 5}}
+    keys["selection"] = {"top_n": 1, "layers": 0}
     run = esft.train(run_of(base, data, keys), tmp_path / "run")
     assert run.adapter is not None
     assert (run.adapter["r"], run.adapter["alpha"]) == (1, 5)
