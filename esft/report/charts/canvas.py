@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from esft.report.chart import Chart
-from esft.report.charts.style import INK, SMALL, SURFACE, WIDTH, Line
+from esft.report.charts.style import INK, MUTED, SMALL, SURFACE, WIDTH, Line
 from esft.report.charts.svg import drawing, to_svg
 from esft.report.charts.table import Cell, to_csv
 from esft.report.charts.text import clean, text_width, wrap
@@ -57,6 +57,7 @@ class Canvas:
         """
         self._place_legend()
         title = clean(self.title)
+        caption = caption[:1].upper() + caption[1:]
         svg = to_svg(self.figure, self.name, title, clean(caption))
         return Chart(self.name, title, caption, svg, to_csv(self.header, self.rows))
 
@@ -147,6 +148,20 @@ def dot(line: Line) -> dict[str, Any]:
 def name_axis(axes: Axes, text: str) -> None:
     """Write what goes upwards above the axis, where it can be read without turning the head."""
     axes.set_title(text, loc="left", fontsize=SMALL, color=INK, pad=6)
+
+
+def base_line(axes: Axes, value: float) -> None:
+    """Draw what the untrained model has as a line across; its name stands beside the axes."""
+    axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+    axes.annotate(
+        *("base", (1, value)),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(3, 0),
+        textcoords="offset points",
+        fontsize=SMALL,
+        va="center",
+        annotation_clip=False,
+    )
 
 
 def _grid(

@@ -10,10 +10,10 @@ from esft.comparison.figures import Figure, by_seed
 from esft.comparison.records import Comparison
 from esft.comparison.statistics import Summary
 from esft.report.chart import Chart
-from esft.report.charts.canvas import Canvas, canvas, dot, name_axis
+from esft.report.charts.canvas import Canvas, base_line, canvas, dot, name_axis
 from esft.report.charts.scales import bytes_axis
 from esft.report.charts.seeds import left_out
-from esft.report.charts.style import INK, MUTED, SMALL, line_styles
+from esft.report.charts.style import line_styles
 from esft.report.charts.text import file_name, words
 
 if TYPE_CHECKING:
@@ -61,15 +61,7 @@ def general_against_score(comparison: Comparison, task: str | None = None) -> Ch
         axes.set_xlabel(f"{words(comparison.metric)}, test rows  (better →)")
         name_axis(axes, "general loss, nats a token  (↓ better)")
         if base_loss is not None:
-            axes.axhline(base_loss, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-            axes.annotate(
-                *("base", (0, base_loss)),
-                xycoords=axes.get_yaxis_transform(),
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=SMALL,
-                color=INK,
-            )
+            base_line(axes, base_loss)
 
     note = "Mean held-out loss over the other domains against the score on the test rows."
     name, title = "general-score", f"general loss against {words(comparison.metric)} at the end"

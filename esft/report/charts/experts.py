@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEANING = {"token": "share of the tokens' choices", "gate": "share of the gate values"}
+_ASIDE = 0.3  # of the way to the next layer, from the first method's marker to the last one's
 _WIDEST = 9.0  # inches; more experts than fit get narrower cells
 
 
@@ -190,8 +191,13 @@ def _per_layer(
             counts = [sum(len(one.get(layer, ())) for one in several) for layer in layers]
             means = [count / len(several) for count in counts]
             every = max(1, -(-len(layers) // 16))
+            # Side by side, since methods may train as many.
+            aside = _ASIDE * ((place + 0.5) / len(chosen) - 0.5)
             axes.plot(
-                *(layers, means), **look(styles[key]), markevery=every, zorder=3 + 1 / (1 + place)
+                *([layer + aside for layer in layers], means),
+                **look(styles[key]),
+                markevery=every,
+                zorder=3 + 1 / (1 + place),
             )
             picture.rows += [(layer, key, mean) for layer, mean in zip(layers, means, strict=True)]
             picture.line_key(key, styles[key])

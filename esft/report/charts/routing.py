@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,39 +16,8 @@ from esft.report.charts.scales import whole_axis
 from esft.report.charts.seeds import left_out
 from esft.report.charts.style import INK, SMALL, SURFACE, WIDTH, changes, line_styles
 from esft.report.charts.text import clean, file_name, wrap
-from esft.run.folder import ROUTING_AFTER, ROUTING_BEFORE, SELECTION
 from esft.scores import Scores
 from esft.selection import Selection
-
-
-def routing_of_run(folder: Path, task: str) -> list[Chart]:
-    """Draw a run's routing before and after: the selected experts' share, and every expert's.
-
-    Args:
-        folder: the run's; nothing is drawn of one without scores from before and after.
-        task: its name.
-
-    Raises:
-        SelectionError: a file in the folder is damaged.
-    """
-    files = [folder / name for name in (ROUTING_BEFORE, ROUTING_AFTER, SELECTION)]
-    if not all(file.is_file() for file in files):
-        return []
-    before, after = (Scores.read(file) for file in files[:2])
-    selection = Selection.read(files[2])
-    return [
-        selected_share(
-            *(before, after, selection),
-            name=file_name("selected-share", task),
-            title=f"{task}: the selected experts' share by layer, before and after training",
-        ),
-        routing_change(
-            *(before, after),
-            name=file_name("routing-change", task),
-            title=f"{task}: how each expert's share changed by training",
-            selection=selection,
-        ),
-    ]
 
 
 def routing_change(

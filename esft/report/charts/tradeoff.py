@@ -6,7 +6,7 @@ from esft.comparison.curve import curve
 from esft.comparison.records import Comparison
 from esft.comparison.tradeoff import ScoreRange, task_range
 from esft.report.chart import Chart
-from esft.report.charts.canvas import canvas, look, name_axis
+from esft.report.charts.canvas import base_line, canvas, look, name_axis
 from esft.report.charts.seeds import (
     left_out,
     mean_series,
@@ -15,7 +15,7 @@ from esft.report.charts.seeds import (
     seeds_note,
     series,
 )
-from esft.report.charts.style import INK, MUTED, SMALL, line_styles
+from esft.report.charts.style import INK, line_styles
 from esft.report.charts.text import clean, file_name, words
 
 
@@ -65,28 +65,19 @@ def tradeoff(comparison: Comparison, task: str) -> Chart | None:
         base = comparison.base.get(task)
         if base is not None and (start := _start(found) or read(base)):
             at = (start[0], start[1])
-            axes.axhline(at[1], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+            base_line(axes, at[1])
             axes.plot(*at, marker="o", markersize=9, color=INK, fillstyle="none", zorder=6)
-            axes.annotate(
-                "base",
-                at,
-                (7, -4),
-                textcoords="offset points",
-                fontsize=SMALL,
-                color=INK,
-                va="top",
-                annotation_clip=False,
-            )
             picture.rows.append((task, "base", "", 0, *at))
         axes.margins(x=0.06, y=0.1)
         axes.set_xlabel(f"{words(comparison.metric)}, validation rows  (better →)")
         name_axis(axes, "general loss, nats a token  (↓ better)")
         for method in sorted(found, key=lambda name: forgotten.get(name, float("inf"))):
             picture.line_key(method, styles[method])
+        lines = seeds_note({method: by_method[method] for method in found})
         return picture.chart(
             "Mean held-out loss over the other domains against the task's score, at every "
-            f"evaluation. {seeds_note({name: by_method[name] for name in found})}"
-            f"{_order(forgotten, scores)}{left_out(comparison, task)}"
+            f"evaluation; the ring is the base. {lines}{_order(forgotten, scores)}"
+            f"{left_out(comparison, task)}"
         )
 
 

@@ -293,16 +293,3 @@ def test_what_a_run_logged(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:2], "{", *lines[2:]]))
     with pytest.raises(DataError, match=r"metrics\.jsonl:3: damaged"):
         logged(tmp_path, "loss")
-
-
-def test_routing_of_a_run(tmp_path: Path) -> None:
-    assert routing.routing_of_run(tmp_path, "dates") == []
-    before, after = made_scores(0), made_scores(1)
-    chosen = select(before, p=0.4)
-    before.write(tmp_path / "routing_before.json")
-    after.write(tmp_path / "routing_after.json")
-    chosen.write(tmp_path / "selection.json")
-    share, change = routing.routing_of_run(tmp_path, "dates")
-    assert share.csv == routing.selected_share(before, after, chosen, name="a", title="a").csv
-    wanted = routing.routing_change(before, after, name="a", title="a", selection=chosen)
-    assert change.csv == wanted.csv
