@@ -20,6 +20,13 @@ Data = Annotated[
         help="The task set: .jsonl, .json, .csv or .parquet, a folder of them, or a hub id.",
     ),
 ]
+OptionalData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DIR|ID",
+        help="The task set: .jsonl, .json, .csv or .parquet, a folder of them, or a hub id.",
+    ),
+]
 Format = Annotated[
     str,
     typer.Option(

@@ -37,8 +37,8 @@ OPTIONS = {
     "unmerge": "merged delta --out --base --json",
     "export": "delta --out --base --compress --official --json",
     "import": "adapter --base --out --config --json",
-    "eval": "model --data --delta --max-rows --batch-tokens --format --split --config --skip-bad "
-    "--device --dtype --trust-remote-code --json",
+    "eval": "model --data --harness --harness-path --delta --max-rows --batch-tokens --format "
+    "--split --config --skip-bad --device --dtype --out --trust-remote-code --json",
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
     "--dtype --trust-remote-code --json",
     "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
