@@ -22,9 +22,10 @@ from esft.merging import merge
 from esft.shards import open_checkpoint, read_blocks
 from tests.checkpoints import save_tiny
 from tests.deltas import BASE, CONFIG, save_base, train_delta
+from tests.faults.material import Material
 
 PAGE = Path(__file__).parents[1] / "docs" / "delta.md"
-MERGE, DECODE = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+MERGE, DECODE, GROWN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,3 +100,22 @@ def test_the_page_s_words_on_the_base(made: Path, tmp_path: Path) -> None:
     model, added = file["model"], [[t["id"], t["content"]] for t in file["added_tokens"]]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     assert tokenizer_digest(folder) == digest([model["type"], model["vocab"], merges, added])
+
+
+def test_the_page_s_sum_is_ours(tmp_path: Path) -> None:
+    material, page = Material(tmp_path), {}
+    exec(GROWN, page)
+    manifest = json.loads((material.low_rank / CONFIG).read_text())
+    factors, base = loaded(material.low_rank), loaded(material.base)
+    assert manifest["coding"] == "low-rank/1"
+    assert len(factors) == 2 * len(manifest["tensors"])
+    for name, about in manifest["tensors"].items():
+        before = base[name][about["rows"]] if "rows" in about else base[name]
+        sides = [factors[f"{name}.{side}"] for side in ("left", "right")]
+        for side, factor in zip(("left", "right"), sides, strict=True):
+            digest = hashlib.sha256(factor.numpy().tobytes()).hexdigest()
+            assert about["factors"][side] == digest
+        value = page["grown"](before, *sides, **manifest["low_rank"])
+        data = value.contiguous().view(torch.uint8).numpy().tobytes()
+        assert hashlib.sha256(data).hexdigest() == about["sha256"]
+        assert data == material.low_rank_values[name]
