@@ -175,6 +175,7 @@ def _explain(error: ValidationError, places: Places) -> str:
     # pydantic adds these types to the path; keys of a recipe have other names.
     types = {"str", "int", "float", "literal['auto']", "list[str]", "list[union[str,SourceSpec]]"}
     types |= {"SelectionSpec", "TrainSpec", "LoraSpec", "SourceSpec"}
+    types.add("dict[str,union[str,SourceSpec]]")
     key = tuple(str(part) for part in first["loc"] if part not in types)
     place = places.of(key)
     if first["type"] == "extra_forbidden":

@@ -8,8 +8,9 @@ import torch
 
 import esft
 from esft.errors import DataError, EsftError
-from esft.generation import generate_text
+from esft.generation import generate_text, generate_texts
 from tests.checkpoints import VOCAB, save_tiny
+from tests.families import small
 from tests.models import tiny
 from tests.toy_tokenizers import CHATML, byte_tokenizer
 
@@ -122,3 +123,81 @@ def test_bad_arguments(options: dict[str, Any], kind: type[EsftError], said: str
     arguments = {"prompt": "Hello", **options}
     with pytest.raises(kind, match=said):
         generate_text(a_model(), byte_tokenizer(), **arguments)
+
+
+class Numbers:
+    """A tokenizer whose text is the ids: no two answers look alike."""
+
+    eos_token_id, pad_token_id = EOS, 0
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+def prompts_of(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
+def test_many_prompts_get_the_answers_that_each_gets_alone(family: str) -> None:
+    model = tiny(family, vocab_size=VOCAB, eos_token_id=EOS)
+    prompts = prompts_of([3, 17, 8, 8, 1])
+    # A stop that some answers come to in the middle, and others do not.
+    stop = likeliest(model, prompts[0], 5, stops=())[4]
+    model.generation_config.eos_token_id = [EOS, stop]
+    expected = [likeliest(model, ids, 9, stops=(EOS, stop)) for ids in prompts]
+    assert len({len(answer) for answer in expected}) > 1
+    decoded = [" ".join(map(str, answer)) for answer in expected]
+    for batch_tokens in (4096, 40, 1):  # all together, a few, each alone
+        found = generate_texts(
+            model, Numbers(), prompts, max_new_tokens=9, batch_tokens=batch_tokens
+        )
+        assert found == decoded
+    assert model.generation_config.eos_token_id == [EOS, stop]
+
+
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next"])
+def test_a_model_with_a_state_is_given_no_padding(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = small(family, vocab_size=VOCAB), Numbers()
+    prompts = prompts_of([4, 9, 4, 9, 6])
+    masks: list[torch.Tensor] = []
+    generate = type(model).generate
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        masks.append(options["attention_mask"])
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "generate", watched)
+    found = generate_texts(model, tokenizer, prompts, max_new_tokens=5)
+    assert [list(mask.shape) for mask in masks] == [[2, 9], [1, 6], [2, 4]]
+    assert all(mask.all() for mask in masks)
+    for ids, text in zip(prompts, found, strict=True):
+        (alone,) = generate_texts(model, tokenizer, [ids], max_new_tokens=5)
+        assert text == alone
+
+
+def test_answers_leave_the_generators_and_the_mode_alone() -> None:
+    model, tokenizer = a_model(), byte_tokenizer()
+    model.train()
+    before = torch.get_rng_state()
+    generate_texts(model, tokenizer, prompts_of([4, 6]), max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "message"),
+    [
+        ({"max_new_tokens": 0}, [[5]], "--max-new-tokens 0: expected at least 1"),
+        ({"batch_tokens": 0}, [[5]], "--batch-tokens 0: expected at least 1"),
+        ({}, [[5], []], "a prompt without a token"),
+    ],
+)
+def test_prompts_that_cannot_be_answered(
+    options: dict[str, int], prompts: list[list[int]], message: str
+) -> None:
+    with pytest.raises(EsftError, match=message):
+        generate_texts(a_model(), byte_tokenizer(), prompts, **options)
