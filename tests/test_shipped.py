@@ -37,7 +37,7 @@ def test_the_head_says_what_it_is_how_to_launch_it_and_what_it_needs(
     head = recipe.file.read_text().partition("\nmodel:")[0]
     assert all(line == "#" or line.startswith("# ") for line in head.splitlines())
     assert head.splitlines()[0] == f"# {recipe.summary}"
-    assert 20 < len(recipe.summary) < 60
+    assert 20 < len(recipe.summary) < 90
     assert f"\n#   esft init {recipe.name}\n" in head
     assert f"\n#   esft {recipe.command} recipe.yaml --out runs/{recipe.name}\n" in head
     assert "\n# Needs" in head
