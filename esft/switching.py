@@ -100,7 +100,7 @@ def load_delta(
     Args:
         model: loaded from the delta's base, no selection attached. Changed in place; its own
             weights are neither changed nor copied.
-        delta: a delta's folder, of the methods `esft` or `random`.
+        delta: a delta's folder, of the methods `esft`, `random` or `hot-lora`.
         name: what `set_active` calls it; default the folder's name.
         base: the checkpoint that the model was loaded from; default what the model says.
 

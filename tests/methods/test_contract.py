@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from esft.delta import attach_delta
-from esft.errors import CheckError, DeltaError
+from esft.errors import CheckError, DeltaError, EsftError
 from esft.experts import attach, detach
 from esft.fingerprint import fingerprint
 from esft.merging import verify
@@ -29,6 +29,7 @@ from esft.names import disk_tensors
 from esft.recipe_sections import LoraSpec, TrainSpec
 from esft.selection import Selection
 from esft.shards import open_checkpoint, read_header
+from esft.switching import load_delta
 from tests.deltas import load, save_base
 from tests.models import EXPERTS, HIDDEN, INNER
 from tests.training_loop import batches, train_steps
@@ -183,6 +184,21 @@ def test_what_is_not_trained_keeps_its_bits(trained: Trained) -> None:
             expert = rows.nonzero().flatten().tolist()
         assert "experts" in name
         assert set(expert) <= set(PICKED.experts.get(layer, [])), name
+
+
+def test_experts_alone_can_be_switched(trained: Trained) -> None:
+    model = load(trained.base)
+    if model.config.model_type == "dbrx" or trained.case.again is not attached:
+        with pytest.raises(EsftError):
+            load_delta(model, trained.delta, base=trained.base)
+        return
+    load_delta(model, trained.delta, base=trained.base)
+    for layer, experts in PICKED.experts.items():
+        path = f"model.layers.{layer}.mlp.experts"
+        loaded: Any = model.get_submodule(path).esft_deltas
+        for name, stack in loaded.stacks.items():
+            expected = trained.ordinary.get_submodule(path).get_parameter(name)
+            assert torch.equal(stack, expected[sorted(experts)])
 
 
 def test_another_methods_delta_is_refused(trained: Trained, tmp_path: Path) -> None:
