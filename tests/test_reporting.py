@@ -17,6 +17,7 @@ from markdown_it.token import Token
 import esft
 from esft.comparison.records import FILE
 from esft.errors import DataError, EsftError, SelectionError
+from esft.report.run_folder import RunFolder
 from esft.reporting import Report
 from esft.run.folder import METRICS, RECIPE, RESULT, SCORES, SELECTION
 from esft.selection import Selection
@@ -126,15 +127,14 @@ def test_the_best_is_bold_and_marks_are_explained(written: Report) -> None:
 
 def test_failed_runs_are_told_with_their_reasons(compared: Path, written: Report) -> None:
     found = _Tables(written.html)
-    failed = found.tables["Failed, or not ended"]
+    failed = found.tables["Runs that failed"]
     reasons = {row[-1] for row in failed}
     assert reasons == {
         "out of memory: 3.1 GB needed, 2.0 GB free",
         "the loss is not a number <at step 3>",
-        "it has not ended",
     }
     records = _records(compared)
-    assert len(failed) == sum(record["outcome"] is None for record in records)
+    assert len(failed) == sum(record["error"] is not None for record in records)
 
 
 def test_the_markdown_says_the_same(written: Report) -> None:
@@ -192,11 +192,20 @@ def test_the_last_line_of_a_log_may_be_half_written(tmp_path: Path) -> None:
     reported.save_run(tmp_path)
     with open(tmp_path / METRICS, "a") as file:
         file.write('{"step": 45, "lo')
-    esft.write_report(tmp_path)
+    assert RunFolder.read(tmp_path).losses[-1][0] == 40
     with open(tmp_path / METRICS, "a") as file:
         file.write('\n{"step": 50, "loss": 1}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:10: "):
-        esft.write_report(tmp_path)
+        RunFolder.read(tmp_path)
+
+
+def test_a_step_that_a_resumed_run_did_twice_counts_once(tmp_path: Path) -> None:
+    reported.save_run(tmp_path)
+    with open(tmp_path / METRICS, "a") as file:
+        file.write('{"step": 30, "loss": 7.5}\n')
+    losses = dict(RunFolder.read(tmp_path).losses)
+    assert list(losses) == [5, 10, 20, 25, 30, 40]
+    assert losses[30] == 7.5
 
 
 def test_a_profile_and_its_selection(tmp_path: Path) -> None:

@@ -48,15 +48,13 @@ def comparison_page(comparison: Comparison, folder: Path, out: Path, made_by: st
             Section(
                 "scores", "Scores", [*_scores(summary), *_pictures(charts.results(comparison))]
             ),
-            Section("differences", "Differences", [page_table(paired_table(comparison))]),
+            Section("differences", "Differences", _tables(page_table(paired_table(comparison)))),
             Section("costs", "Costs", [*_costs(summary), *_pictures(charts.costs(comparison))]),
             Section("evidence", "The claims, task by task", _evidence(claims, comparison)),
             Section("curves", "While they learnt", _learning(comparison, folder)),
             Section("sweeps", "Other settings", _pictures(charts.sweeps(comparison))),
             Section("experts", "Experts", _experts(comparison, folder)),
-            Section(
-                "failed", "Runs without a result", _tables(failed_table(comparison, folder, out))
-            ),
+            Section("failed", "Failed runs", _tables(failed_table(comparison, folder, out))),
             Section("runs", "Every run", [runs_table(comparison, folder, out)]),
             Section("recipe", "The recipe", [Listing("compare.yaml", to_yaml(comparison.recipe))]),
         ],
@@ -107,18 +105,18 @@ def _tradeoff(comparison: Comparison) -> list[Block]:
     return [
         Text(told),
         *_pictures(charts.tradeoffs(comparison)),
-        page_table(tradeoff_table(comparison)),
+        *_tables(page_table(tradeoff_table(comparison))),
     ]
 
 
 def _scores(summary: measured.Table) -> list[Block]:
     groups = [column.group for column in summary.columns if column.group != COST]
-    return [page_table(summary, groups, "What methods score and keep")]
+    return _tables(page_table(summary, groups, "What methods score and keep"))
 
 
 def _costs(summary: measured.Table) -> list[Block]:
     notes = ["Means over tasks and seeds; spread and marks as in the table of the scores."]
-    return [page_table(summary, [COST], "What methods cost", notes)]
+    return _tables(page_table(summary, [COST], "What methods cost", notes))
 
 
 def _learning(comparison: Comparison, folder: Path) -> list[Block]:
@@ -143,7 +141,7 @@ def _evidence(claims: Iterable[Claim], comparison: Comparison) -> list[Block]:
 
 
 def _tables(table: Table | None) -> list[Block]:
-    return [] if table is None else [table]
+    return [table] if table is not None and table.rows else []
 
 
 def _pictures(drawn: Sequence[Chart]) -> list[Block]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from esft.report.numerals import rate as rate_text
 from esft.report.page import Cell, Finding, Table
 
 _NOTHING = "–"
+_ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 _GOOD: dict[Verdict, bool | None] = {HELD: True, DID_NOT_HOLD: False}
 
 
@@ -34,6 +36,9 @@ def page_table(
         table: the figures.
         groups: take only the columns below these heads; None takes all.
         title: another than the table's, for a part of it; notes likewise.
+
+    Returns:
+        a table, which has no row where nothing was measured.
     """
     kept = [
         place
@@ -46,12 +51,13 @@ def page_table(
         cells = [_cell(*given[place]) for place in kept]
         if any(cell.text != _NOTHING for cell in cells):
             rows.append([Cell(row.name), *cells])
+    heads, groups_above = _heads([table.columns[place] for place in kept])
     return Table(
         title=title or table.title,
-        columns=["", *(table.columns[place].heading for place in kept)],
+        columns=["", *heads],
         rows=rows,
         notes=table.notes if notes is None else notes,
-        groups=[("", 1), *_heads([table.columns[place].group for place in kept])],
+        groups=[("", 1), *groups_above],
     )
 
 
@@ -137,7 +143,7 @@ def runs_table(comparison: Comparison, folder: Path, out: Path) -> Table:
 
 
 def failed_table(comparison: Comparison, folder: Path, out: Path) -> Table | None:
-    """Return the runs without a result and why; None if there are none."""
+    """Return the runs that failed and why; None if there are none."""
     rows = [
         [
             _run(number, record, folder, out),
@@ -145,13 +151,13 @@ def failed_table(comparison: Comparison, folder: Path, out: Path) -> Table | Non
                 Cell,
                 (record.task, record.method, rate_text(record.learning_rate), str(record.seed)),
             ),
-            Cell(record.error or "it has not ended"),
+            Cell(record.error),
         ]
         for number, record in enumerate(comparison.records, start=1)
-        if record.outcome is None
+        if record.error is not None
     ]
     columns = ["run", "task", "method", "rate", "seed", "reason"]
-    return Table("Failed, or not ended", columns, rows) if rows else None
+    return Table("Runs that failed", columns, rows) if rows else None
 
 
 def _cell(column: measured.Column, cell: measured.Cell) -> Cell:
@@ -163,14 +169,23 @@ def _cell(column: measured.Column, cell: measured.Cell) -> Cell:
     return Cell(mean, best=cell.best, mark=cell.mark, details=details)
 
 
-def _heads(groups: Sequence[str]) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    for group in groups:
-        if found and found[-1][0] == group:
-            found[-1] = (group, found[-1][1] + 1)
-        else:
-            found.append((group, 1))
-    return found
+def _heads(columns: Sequence[measured.Column]) -> tuple[list[str], list[tuple[str, int]]]:
+    """Return the columns' heads, and those above them with the number of columns below each.
+
+    What all columns of a group have in common, the unit of losses and which way is good, is told
+    once, above them.
+    """
+    heads, groups = [], []
+    for name, below in itertools.groupby(columns, key=lambda column: column.group):
+        members = list(below)
+        losses = all(column.unit == "nats" for column in members)
+        better = {column.better for column in members}
+        common = _ARROWS[better.pop()] if len(better) == 1 else ""
+        groups.append((f"{name}{', nats' * losses}{common}", len(members)))
+        for column in members:
+            head = column.heading.replace(" (nats)", "") if losses else column.heading
+            heads.append(head.removesuffix(common) if common else head)
+    return heads, groups
 
 
 def _description(comparison: Comparison, method: str) -> str:

@@ -129,7 +129,7 @@ class Table:
     def _numbers(self, place: int) -> bool:
         given = (row[place].text for row in self.rows)
         texts = [text for text in given if any(map(str.isalnum, text))]  # not a dash
-        return bool(texts) and all(_NUMBER.match(text) and ", " not in text for text in texts)
+        return all(_NUMBER.match(text) and ", " not in text for text in texts)
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,8 @@ def _rule(rule: Mapping[str, Any]) -> str:
 def _sizes(selection: Selection) -> list[tuple[str, str]]:
     summary = selection.summary()
     spread = f"{summary.fewest} to {summary.most}, median {summary.median:g}"
+    if summary.fewest == summary.most:
+        spread = str(summary.most)
     facts = [
         ("experts", f"{count(summary.experts)} in {summary.layers} layers"),
         ("a layer", spread),

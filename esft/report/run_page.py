@@ -52,9 +52,11 @@ def run_page(run: RunFolder, made_by: str) -> Page:
 
 def _lead(run: RunFolder) -> str:
     if run.result is not None:
-        return f"A finished run of {count(run.result['steps'])} steps, from the folder {run.path}."
+        return f"A finished run of {count(run.result['steps'])} steps; its folder: {run.path.name}."
     done = run.log[-1]["step"] if run.log else 0
-    return f"A run without a result: it has logged {count(done)} steps. The folder: {run.path}."
+    return (
+        f"A run without a result: it has logged {count(done)} steps. The folder: {run.path.name}."
+    )
 
 
 def _outcome(run: RunFolder) -> list[Block]:
@@ -173,6 +175,8 @@ def _cost(run: RunFolder) -> list[Block]:
         ("peak memory", size(result["peak_memory"])),
         ("weights of step", result.get("best_step")),
     ]
+    if adapter := result.get("adapter"):
+        facts.append(("LoRA", f"rank {adapter['r']}, alpha {adapter['alpha']}"))
     if moved := result.get("moved"):
         facts.append(("moved", f"{share(moved['share'])} of the trained parameters"))
     if drift := result.get("drift"):
