@@ -47,7 +47,7 @@ def score_over_steps(comparison: Comparison, task: str) -> Chart | None:
         metric, name, f"{name}  (↑ better)", f"{name} on the validation rows at every evaluation."
     )
     return _measured(
-        *(comparison, task, "score", quantity),
+        *(comparison, task, "score-steps", quantity),
         lambda point: (point.scores[metric],) if metric in point.scores else None,
     )
 

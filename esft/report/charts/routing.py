@@ -145,7 +145,10 @@ def routing_of_methods(comparison: Comparison, task: str) -> Chart | None:
     title = f"{task}: the selected experts' share before and after training"
     names = {method: wrap(clean(method), WIDTH - 0.6, SMALL) for method in found}
     height = 0.9 + (0.27 + 0.15 * max(map(len, names.values()))) * len(found)
-    with canvas(file_name("routing", task), title, header, height=height) as (picture, (axes,)):
+    with canvas(file_name("routing-methods", task), title, header, height=height) as (
+        picture,
+        (axes,),
+    ):
         for row, (method, by_seed) in enumerate(found.items()):
             colour = styles[method].colour
             means = tuple(

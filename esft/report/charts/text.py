@@ -21,10 +21,11 @@ def words(key: str) -> str:
 
 
 def file_name(*parts: str) -> str:
-    """Return a name for a picture's files and identifiers, different for different parts.
+    """Return a name for a picture's files and identifiers.
 
     Letters, digits, dots and dashes stay; where anything else is replaced, a few digits of a hash
-    keep names apart.
+    keep names apart. Names of different parts differ if the first part, the kind of picture, is
+    no other kind's beginning.
     """
     plain = "-".join(re.sub("[^A-Za-z0-9.]+", "-", part).strip("-.") for part in parts)
     if plain == "-".join(parts) and len(plain) <= 60:

@@ -67,7 +67,10 @@ def test_styles_touch_nothing_but_pictures(charts: list[Chart]) -> None:
         assert sheet.text is not None
         selectors = re.findall(r"(?:^|[{}])([^{}@]+)\{", sheet.text)
         assert len(selectors) > 5
-        assert all(selector.startswith(".esft-") for selector in selectors)
+        assert selectors[:2] == [".esft-chart *", ".esft-chart text"]
+        # A marker is drawn by `<use>`, where an ancestor in the selector would not be found.
+        colours = [re.fullmatch(r"\.esft-(fill|stroke)-\w{6}", one) for one in selectors[2:]]
+        assert all(colours)
 
 
 def test_every_colour_has_a_dark_one_that_applies(charts: list[Chart]) -> None:
@@ -171,6 +174,18 @@ def test_names_of_any_kind(tmp_path: Path) -> None:
             assert set(methods) <= texts
     assert len(drawn) == 6
     assert len(list(tmp_path.iterdir())) == 2 * len(drawn)
+
+
+def test_names_of_tasks_are_not_taken_for_kinds_of_pictures() -> None:
+    """Such as the score over steps of a task called `bytes` for the score against bytes."""
+    kinds = [
+        chart.name.removesuffix("-dates")
+        for chart in of_comparison(comparison(["dates"], ["esft"], [0], evaluations=1), "dates")
+        if chart is not None
+    ]
+    assert len(set(kinds)) == len(kinds) == 10
+    for kind in kinds:
+        assert not any(other.startswith(f"{kind}-") for other in kinds)
 
 
 def test_more_experts_than_fit_make_a_wider_picture() -> None:
