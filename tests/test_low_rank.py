@@ -20,7 +20,9 @@ from esft.low_rank import LowRank, add_low_rank, disk_factors
 from esft.low_rank_delta import write_low_rank_delta
 from esft.low_rank_sum import summed
 from esft.merging import merge
+from esft.methods import HotLoraMethod
 from esft.moe import moe_layers, trainable_parameters
+from esft.recipe_sections import LoraSpec
 from esft.selection import Selection
 from esft.shards import open_checkpoint
 from tests.models import tiny
@@ -193,6 +195,12 @@ def test_the_sum_is_rounded_once_from_float64(dtype: torch.dtype) -> None:
     assert torch.equal(found[1], summed(weight[1], left[1], right[1], 0.7))
     flat = summed(weight.flatten(0, 1), left, right, 0.7)
     assert torch.equal(flat, found.flatten(0, 1))
+
+
+def test_flags_of_a_selection_do_not_make_hot_lora_train_more() -> None:
+    flagged = Selection(experts=PICKED, shared_experts=True, non_expert_modules=True)
+    prepared = HotLoraMethod(flagged, LoraSpec()).prepare(tiny("deepseek_v2"))
+    assert {".low_rank." in name for name in trainable_parameters(prepared)} == {True}
 
 
 def test_there_must_be_something_to_adapt() -> None:
