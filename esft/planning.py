@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from esft.moe import Anatomy, anatomy
 from esft.plans.batch import Batch, plan_batch
 from esft.plans.cases import make_case
 from esft.plans.counts import Choice, Chosen, choose
+from esft.plans.fitting import fit
 from esft.plans.memory_size import memory_bytes
 from esft.plans.optimizers import optimizer_name
 from esft.plans.parameters import by_kind
-from esft.plans.records import Case, Plan
+from esft.plans.probe import take_probe
+from esft.plans.quantised import check_load_in
+from esft.plans.records import Case, Fit, Plan, Probe
+from esft.plans.scaling import largest_layer, scaled
 from esft.plans.stored import Stored, read_stored
 from esft.profiling import context_length, tokens_at_once
 from esft.progress import SILENT, Reporter
@@ -41,6 +45,7 @@ def plan(
     device: str | None = None,
     memory: str | int | None = None,
     processes: int = 1,
+    load_in: str | None = None,
     probe: bool = False,
     reporter: Reporter = SILENT,
 ) -> Plan:
@@ -59,6 +64,7 @@ def plan(
             recipe's, or the one that a run here would take.
         memory: of the device, such as `80GB`; says whether the run fits, and what would make it.
         processes: of a run with several, one a device.
+        load_in: `4bit` or `8bit`: say what transformers' loader would really quantise.
         probe: take a few real steps here, and say how long the run would take at that speed.
         reporter: shown the progress.
 
@@ -68,20 +74,22 @@ def plan(
         SelectionError: the selection does not fit the model, or the scores cannot be read.
         EsftError: `memory`, `processes` or `device` is wrong.
     """
-    checked = with_defaults(as_recipe(recipe))
-    if memory is not None:
-        memory_bytes(memory)
+    limit = None if memory is None else memory_bytes(memory)
     if processes < 1:
         raise EsftError(f"--processes {processes}: must be at least 1")
     if isinstance(scores, str | Path):
         scores = Scores.read(scores)
+    checked = with_defaults(as_recipe(recipe))
     planner = Planner(checked, scores, _device(device, checked))
+    asked = load_in and check_load_in(
+        planner.skeleton, planner.anatomy.layers, load_in, planner.stored.dtype
+    )
     few, many = planner.cases(reporter)
     return Plan(
         model=checked.model,
         method=checked.method,
         device=planner.device,
-        dtype=str(planner.dtype).removeprefix("torch."),
+        dtype=planner.dtype_name,
         param_dtype=checked.param_dtype,
         optimizer=optimizer_name(checked.training),
         parameters=planner.parameters,
@@ -90,10 +98,11 @@ def plan(
         selection=planner.choice.words,
         few=few,
         many=many,
-        fit=None,
-        processes=None,
-        probe=None,
-        notes=(),
+        fit=None if limit is None else planner.fit(many, limit, reporter),
+        processes=scaled(many.memory, processes, planner.largest) if processes > 1 else None,
+        load_in=asked or None,
+        probe=planner.probe(many) if probe else None,
+        notes=tuple(planner.notes(many, processes)),
     )
 
 
@@ -157,7 +166,9 @@ class Planner:
     def profiled(self) -> tuple[int, int]:
         """Rows and tokens of each that experts are scored on at once; 0 rows for none."""
         recipe = self.recipe
-        by_rule = recipe.selects_experts and not isinstance(recipe.selection, str)
+        by_rule = (recipe.selects_experts or recipe.matches_esft) and not isinstance(
+            recipe.selection, str
+        )
         if not by_rule and not (recipe.routing_drift and self.choice.many.selection):
             return 0, 0
         spec = selection_rule(recipe) if by_rule else SelectionSpec()
@@ -180,7 +191,7 @@ class Planner:
         """Rehearse the run with these experts."""
         return make_case(
             self.recipe,
-            self.folder,
+            self.skeleton.config,
             device=self.device,
             dtype=self.dtype,
             stored=self.stored,
@@ -189,6 +200,79 @@ class Planner:
             batch=self.batch,
             profiled=self.profiled,
         )
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest layer's weights."""
+        return largest_layer(self.skeleton, self.dtype.itemsize)
+
+    def changed(self, recipe: Recipe) -> Planner:
+        """Return the planner of another recipe for the same model; what is known stays known."""
+        other = replace(self, recipe=recipe)
+        for name in ("folder", "skeleton", "anatomy", "parameters", "stored"):
+            vars(other)[name] = getattr(self, name)
+        return other
+
+    def fit(self, many: Case, limit: int, reporter: Reporter = SILENT) -> Fit:
+        """Say whether the larger case fits, and what would make it."""
+        with reporter.task("looking for what would fit", total=1, unit="plan") as task:
+            found = fit(
+                self.recipe,
+                many,
+                self.batch,
+                limit,
+                device=self.device,
+                per_expert=self.anatomy.per_expert,
+                experts=min(layer.num_experts for layer in self.anatomy.layers),
+                largest=self.largest,
+                rehearse=self._rehearse,
+            )
+            task.advance()
+        return found
+
+    def _rehearse(self, recipe: Recipe) -> Case:
+        planner = self.changed(recipe)
+        return planner.case(planner.choice.many)
+
+    def probe(self, many: Case) -> Probe:
+        """Take real steps here."""
+        if many.flops is None or many.memory.peak is None:
+            raise EsftError("--probe: this family's operations cannot be counted")
+        return take_probe(
+            self.recipe,
+            self.skeleton,
+            self.choice.many,
+            self.batch,
+            device=self.device,
+            dtype=self.dtype,
+            width=self.stored.dtype.itemsize,
+            flops=many.flops,
+            peak=many.memory.peak,
+        )
+
+    def notes(self, many: Case, processes: int) -> Iterator[str]:
+        """Say what a reader should know beside the figures."""
+        if not self.stored.measured:
+            yield "no weights here: sizes are the configuration's"
+        if many.obstacle is not None:
+            yield f"activations are not known: {many.obstacle}"
+        if self.device == "cuda":
+            yield "computed for a GPU with the PyTorch path of the experts; not measured on one"
+        if processes > 1:
+            yield "several processes: computed; esft trains in one process so far"
+        quantised = getattr(self.skeleton.config, "quantization_config", None)
+        if quantised:
+            told = quantised if isinstance(quantised, dict) else quantised.to_dict()
+            method = told.get("quant_method", "quantised")
+            yield (
+                f"the checkpoint is quantised ({method}): {self.stored.words}; esft trains none "
+                f"such: the figures are those of a copy in {self.dtype_name}"
+            )
+
+    @property
+    def dtype_name(self) -> str:
+        """`dtype` as a recipe calls it."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 def _device(asked: str | None, recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import typer
 
+from esft_cli.compare import compare
 from esft_cli.data import app as data_app
 from esft_cli.demo import demo
 from esft_cli.evaluate import evaluate
@@ -21,6 +22,7 @@ from esft_cli.inspect import inspect
 from esft_cli.mask import mask
 from esft_cli.memory import keep_freed_memory
 from esft_cli.merge import merge
+from esft_cli.plan import plan
 from esft_cli.profile import profile
 from esft_cli.recipes import init, recipes
 from esft_cli.report import report
@@ -44,7 +46,9 @@ app.command("init")(init)
 app.command("inspect")(inspect)
 app.command("profile")(profile)
 app.command("select")(select)
+app.command("plan")(plan)
 app.command("train")(train)
+app.command("compare")(compare)
 app.command("merge")(merge)
 app.command("verify")(verify)
 app.command("unmerge")(unmerge)

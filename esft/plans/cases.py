@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from esft.recipe_sections import Recipe
 
 def make_case(
     recipe: Recipe,
-    folder: Path,
+    config: Any,
     *,
     device: str,
     dtype: torch.dtype,
@@ -30,7 +30,7 @@ def make_case(
 
     Args:
         recipe: of the run.
-        folder: of the model.
+        config: of the model.
         device: `cpu` or `cuda`.
         dtype: that weights are loaded in.
         stored: the checkpoint on disk.
@@ -39,7 +39,8 @@ def make_case(
         batch: what each step sees.
         profiled: rows and tokens of each that experts are scored on at once; 0 rows for none.
     """
-    found = rehearse(recipe, folder, dtype, chosen, batch, profiled=profiled)
+    width = stored.dtype.itemsize
+    found = rehearse(recipe, config, dtype, chosen, batch, width=width, profiled=profiled)
     per_layer = chosen.per_layer()
     return Case(
         experts=sum(per_layer),
@@ -50,6 +51,7 @@ def make_case(
         memory=_memory(found, device, stored, total),
         disk=_disk(found, recipe, stored),
         flops=found.flops,
+        obstacle=found.obstacle,
     )
 
 

@@ -67,7 +67,7 @@ def choose(recipe: Recipe, found: Anatomy, scores: Scores | None, width: int) ->
         SelectionError: the selection's file or its rule does not fit the model or the scores.
     """
     given = given_selection(recipe, found, None)
-    if not recipe.selects_experts:
+    if not (recipe.selects_experts or recipe.matches_esft):
         chosen = Chosen(given, 1.0)
         return Choice(chosen, chosen, "all routed experts" if given else "no routed expert")
     if given is not None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from esft.plans.batch import Batch
+from esft.plans.quantised import Quantised
 from esft.plans.stored import Stored
 
 
@@ -92,6 +93,7 @@ class Case:
         disk: likewise.
         flops: floating-point operations of one optimizer step: matrix products, attention and
             convolutions, forward and backward; a multiply-add is two. None where not known.
+        obstacle: why activations and operations are not known, where they are not.
     """
 
     experts: int
@@ -102,6 +104,7 @@ class Case:
     memory: Memory
     disk: Disk
     flops: int | None
+    obstacle: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -201,6 +204,7 @@ class Plan:
         many: the one with the most; the same where the number is known.
         fit: whether it fits into the memory asked about, if any.
         processes: figures for several, if asked for.
+        load_in: what loading in 4 or 8 bits would quantise, if asked for.
         probe: real steps, if asked for.
         notes: what else a reader should know.
     """
@@ -219,6 +223,7 @@ class Plan:
     many: Case
     fit: Fit | None
     processes: Processes | None
+    load_in: Quantised | None
     probe: Probe | None
     notes: tuple[str, ...]
 
@@ -238,6 +243,7 @@ class Plan:
             "total": self.total,
             "peak": self.peak,
             "stored": self.stored.to_dict(),
+            "load_in": self.load_in and self.load_in.to_dict(),
             "batch": self.batch.to_dict(),
             "few": self.few.to_dict(),
             "many": self.many.to_dict(),

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from esft.loading import auto_class, load_config
+from esft.loading import auto_class
 from esft.locating import first_line, trusted
-from esft.methods import make_method
-from esft.moe import trainable_parameters
+from esft.methods import Method, make_method
+from esft.moe import moe_layers, trainable_parameters
 from esft.plans.batch import Batch
+from esft.plans.contents import known
 from esft.plans.counts import Chosen
 from esft.plans.optimizers import make_optimizer, optimizer_name, state_bytes
 from esft.plans.pretence import Tracker, pretending
-from esft.plans.routing import routed
 from esft.recipe_sections import Recipe
 from esft.run.labelled import labelled_logits
 from esft.run.recomputation import KEY, recompute_layers
@@ -66,34 +65,36 @@ class Rehearsed:
 
 def rehearse(
     recipe: Recipe,
-    folder: Path,
+    config: Any,
     dtype: torch.dtype,
     chosen: Chosen,
     batch: Batch,
     *,
+    width: int,
     profiled: tuple[int, int] = (0, 0),
 ) -> Rehearsed:
     """Go through a run on tensors without content.
 
     Args:
         recipe: of the run, `training` section with or without defaults.
-        folder: of the model; only its configuration is read.
+        config: of the model.
         dtype: that weights are loaded in.
         chosen: the experts that train.
         batch: what each step sees.
+        width: bytes of a parameter in the checkpoint.
         profiled: rows and tokens of each that the experts are scored on at once; 0 rows for none.
 
     Raises:
         RecipeError, ModelError, SelectionError: as training would.
     """
-    config = load_config(folder)
-    with pretending() as tracker, routed(chosen.routed):
+    with pretending() as tracker, known(chosen.routed):
         with no_init_weights():
             model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trusted.get()
             )
         model.tie_weights()  # which is otherwise part of the initialising that is left out
-        prepared = make_method(recipe, chosen.selection).prepare(model)
+        method = planned_method(recipe, chosen, model, width)
+        prepared = method.prepare(model)
         named = trainable_parameters(prepared)
         parameters = list(named.values())
         trained = sum(parameter.nbytes for parameter in parameters)
@@ -121,10 +122,31 @@ def rehearse(
         training=training,
         profiling=profiling,
         shapes=shapes,
-        adapter=any("lora_" in key for key in named),
+        adapter=method.adapter is not None,
         flops=flops,
         obstacle=obstacle,
     )
+
+
+def planned_method(recipe: Recipe, chosen: Chosen, model: Any, width: int) -> Method:
+    """Return the method of a recipe, with the experts that are planned for.
+
+    Args:
+        recipe: of the run.
+        chosen: the experts.
+        model: with nothing attached.
+        width: bytes of a parameter in the checkpoint.
+    """
+    if not recipe.matches_esft:
+        return make_method(recipe, chosen.selection)
+    assert chosen.selection is not None  # the recipe has a rule for the delta to be matched
+    sizes = {
+        layer.index: sum(shape[1:].numel() for shape in layer.layout.shapes().values())
+        for layer in moe_layers(model)
+    }
+    experts = chosen.selection.experts
+    matched = sum(width * sizes[layer] * len(ids) for layer, ids in experts.items())
+    return make_method(recipe, None, match_bytes=matched)
 
 
 class _Step:
@@ -180,9 +202,9 @@ class _Step:
 
     def _pass(self) -> None:
         before = self.tracker.live
-        inputs = _inputs(self.batch)
+        inputs = planned_inputs(self.batch)
         with ExitStack() as stack:
-            stack.enter_context(_autocast(self.training))
+            stack.enter_context(autocast(self.training, "cpu"))
             with self.tracker.finding(self.batch.labelled):
                 given = stack.enter_context(labelled_logits(self.model, inputs))
             loss = self.model(**given, **self._items())["loss"]
@@ -196,7 +218,7 @@ class _Step:
         return {"num_items_in_batch": torch.ones((), dtype=torch.int64)} if takes else {}
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def planned_inputs(batch: Batch) -> dict[str, Any]:
     """Return a batch as `esft.data.packing.collate` makes it."""
     shape = batch.rows, batch.length
     place = "position_ids" if batch.packed else "attention_mask"
@@ -205,12 +227,13 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def _autocast(training: dict[str, Any]) -> Iterator[None]:
+def autocast(training: Mapping[str, Any], device: str) -> Iterator[None]:
+    """Compute in the narrower dtype that a recipe's `training` section asks for, if any."""
     if not (training.get("bf16") or training.get("fp16")):
         yield
         return
     narrow = torch.bfloat16 if training.get("bf16") else torch.float16
-    with torch.autocast("cpu", dtype=narrow):
+    with torch.autocast(device, dtype=narrow):
         yield
 
 

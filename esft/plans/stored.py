@@ -34,6 +34,11 @@ class Stored:
     measured: bool
     dtype: torch.dtype
 
+    @property
+    def words(self) -> str:
+        """How many bytes are of which dtype."""
+        return ", ".join(f"{size / 1e9:.2f} GB {name}" for name, size in self.dtypes.items())
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
         return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}

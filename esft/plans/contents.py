@@ -1,8 +1,8 @@
-"""The one thing that experts read from tensors: how many rows go to those that train."""
+"""What a run reads from tensors: how many rows go to experts that train, where numbers lie."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,15 +11,47 @@ from esft_kernels import grouped, layer
 from esft_kernels.bank import ExpertBank
 from esft_kernels.segments import Segment, Segments
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from esft import low_rank
 
 
 @contextmanager
-def routed(share: float) -> Iterator[None]:
-    """Let `moe_mlp` take tensors without content, on its PyTorch path.
+def known(share: float) -> Iterator[None]:
+    """Answer, inside the block, what `moe_mlp` and low-rank factors ask for the contents of.
 
     Args:
         share: of the rows of a layer where experts train, how many go to these.
     """
+    with _routed(share), _places_computed():
+        yield
+
+
+@contextmanager
+def _places_computed() -> Iterator[None]:
+    # Which numbers of a stack are whose on disk: small tensors, which are made and read for real.
+    names = ("layer_parts", "_spot", "_turned")
+    usual = {name: getattr(low_rank, name) for name in names}
+
+    def for_real(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args)
+
+        return run
+
+    try:
+        for name, function in usual.items():
+            setattr(low_rank, name, for_real(function))
+        yield
+    finally:
+        for name, function in usual.items():
+            setattr(low_rank, name, function)
+
+
+@contextmanager
+def _routed(share: float) -> Iterator[None]:
+    """Let `moe_mlp` take tensors without content, on its PyTorch path."""
 
     def cut(topk_index: Tensor, bank: ExpertBank) -> Segments:
         # As `segments.cut`, with the numbers given that it would wait for.
