@@ -22,7 +22,7 @@ _HOME = {
     "attach": "esft.experts",
     "detach": "esft.experts",
     "disable": "esft.switching",
-    "evaluate": "esft.evaluation",
+    "evaluate": "esft.evaluating",
     "export": "esft.exporting",
     "generate": "esft.generation",
     "import_official": "esft.official",
@@ -75,7 +75,7 @@ __all__ = [
 if TYPE_CHECKING:
     from esft.delta_callback import SaveDelta
     from esft.errors import EsftError
-    from esft.evaluation import evaluate
+    from esft.evaluating import evaluate
     from esft.experts import attach, detach
     from esft.exporting import export
     from esft.generation import generate

@@ -6,19 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esft.data.bad_rows import STRICT, BadRows
 from esft.data.batching import batches, padded
-from esft.data.encode import Example, encode_rows
-from esft.data.rows import read_rows
-from esft.data.sources import Source
+from esft.data.example import Example
 from esft.errors import DataError, EsftError, ModelError
-from esft.inference import load
 from esft.progress import SILENT, Reporter
 
 _AT_ONCE = 1024  # rows of logits turned into float32 at a time
@@ -44,7 +39,7 @@ class RowScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What one forward pass a row tells of a model.
 
     Attributes:
         rows: how many rows were scored.
@@ -87,46 +82,6 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
         return asdict(self) | {"exact_match": self.exact_match, "perplexity": self.perplexity}
-
-
-def evaluate(
-    model: str | Path,
-    data: str | Path | Source,
-    *,
-    delta: str | Path | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    batch_tokens: int = 4096,
-    max_rows: int | None = None,
-    bad_rows: BadRows = STRICT,
-    reporter: Reporter = SILENT,
-) -> Evaluation:
-    """Score a model on a test set.
-
-    Args:
-        model: a checkpoint's folder, a hub id, or `tiny-moe`.
-        data: a test set, see `esft.data.rows.read_rows`.
-        delta: folder of a delta made from this model.
-        device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
-        dtype: see `esft.loading.pick_dtype`.
-        batch_tokens: see `evaluate_model`.
-        max_rows: score only the first rows of the set.
-        bad_rows: collects rows that cannot be used, if any may be skipped.
-        reporter: shows progress.
-
-    Raises:
-        DataError: a row cannot be used; the message names file and line.
-        ModelError: the model cannot be loaded, or its logits are not finite.
-        DeltaError: the delta is damaged.
-        CheckError: the delta was made from another base.
-    """
-    if max_rows is not None and max_rows < 1:
-        raise DataError(f"--max-rows {max_rows}: expected at least 1")
-    # First: a bad line shows at once, loading takes a while.
-    rows = read_rows(data, bad_rows=bad_rows, reporter=reporter)[:max_rows]
-    loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
-    examples = encode_rows(rows, tokenizer, check_end=False, bad_rows=bad_rows, reporter=reporter)
-    return evaluate_model(loaded, examples, batch_tokens=batch_tokens, reporter=reporter)
 
 
 def evaluate_model(

@@ -1,22 +1,16 @@
 """Scores of a test set against `model.generate` and a plain float64 loop, row by row."""
 
-import json
 import math
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import esft
-from esft.data.encode import encode_rows
 from esft.data.example import Example
-from esft.data.rows import read_rows
-from esft.errors import CheckError, DataError, EsftError, ModelError
-from esft.evaluation import Evaluation, evaluate, evaluate_model
-from tests.checkpoints import save_tiny
+from esft.errors import DataError, EsftError, ModelError
+from esft.evaluation import Evaluation, evaluate_model, score_rows
 from tests.models import FAMILIES, VOCAB, tiny
 
 
@@ -154,90 +148,22 @@ def test_nothing_to_score() -> None:
         evaluate_model(model, [answered([5], [6], 1)], batch_tokens=0)
 
 
-def write_data(path: Path, count: int = 6) -> Path:
-    lines = [json.dumps({"prompt": f"{n}+{n}=", "completion": str(2 * n)}) for n in range(count)]
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base") / "model")
-
-
-def test_evaluate_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    data = write_data(tmp_path / "test.jsonl")
-    examples = encode_rows(read_rows(data), AutoTokenizer.from_pretrained(checkpoint))
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    expected = evaluate_model(model, examples)
-    found = esft.evaluate(checkpoint, data)
-    assert found.loss == pytest.approx(expected.loss, abs=1e-6)
-    assert (found.rows, found.tokens, found.matched) == (6, expected.tokens, expected.matched)
-    assert evaluate(str(checkpoint), str(data), max_rows=2, dtype="bfloat16").rows == 2
-    assert found.to_dict() == {
-        "rows": 6,
-        "tokens": found.tokens,
-        "matched": 0,
-        "loss": found.loss,
-        "exact_match": 0.0,
-        "perplexity": found.perplexity,
-    }
-
-
-def test_evaluate_with_a_delta(checkpoint: Path, tmp_path: Path) -> None:
-    delta = save_delta(checkpoint, tmp_path / "delta")
-    data = write_data(tmp_path / "test.jsonl")
-    esft.merge(checkpoint, delta, tmp_path / "merged")
-    alone, merged = evaluate(checkpoint, data), evaluate(tmp_path / "merged", data)
-    assert abs(alone.loss - merged.loss) > 1e-3
-    assert evaluate(checkpoint, data, delta=delta).loss == pytest.approx(merged.loss, abs=1e-6)
-    other = save_tiny(tmp_path / "other", seed=1)
-    with pytest.raises(CheckError):
-        evaluate(other, data, delta=delta)
-
-
-def save_delta(base: Path, folder: Path) -> Path:
-    """Write a delta in which two experts of each layer are different from the base's."""
-    from esft.changes import expert_changes
-    from esft.delta import write_delta
-    from esft.fingerprint import fingerprint
-    from esft.loading import load_model
-    from esft.moe import moe_layers
-    from esft.selection import Selection
-    from esft.shards import open_checkpoint
-
-    model = load_model(base)
-    chosen = {layer.index: [1, 3] for layer in moe_layers(model)}
-    esft.attach(model, Selection(experts=chosen))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
-    folder.mkdir()
-    write_delta(
-        folder,
-        fingerprint(open_checkpoint(base)),
-        expert_changes(model),
-        {"method": "esft", "base": {"name": str(base)}},
-    )
-    return folder
-
-
-@pytest.mark.parametrize("max_rows", [0, -1])
-def test_max_rows(max_rows: int, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--max-rows"):
-        evaluate(checkpoint, write_data(tmp_path / "test.jsonl"), max_rows=max_rows)
-
-
-def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model")
-    tiny("qwen3_moe").save_pretrained(folder)  # 64 tokens only
-    with pytest.raises(ModelError, match="259 tokens and the model embeds 64"):
-        evaluate(folder, write_data(tmp_path / "test.jsonl"))
-
-
 def test_perplexity_of_a_known_loss() -> None:
     assert Evaluation(rows=4, tokens=8, matched=1, loss=2.0).perplexity == math.exp(2)
     assert Evaluation(rows=4, tokens=8, matched=1, loss=2.0).exact_match == 0.25
+
+
+def test_each_row_has_its_own_score() -> None:
+    """In the order given, whatever the batches; together they are the whole."""
+    model = tiny("qwen3_moe")
+    examples = rows_right_and_wrong(model)
+    whole = evaluate_model(model, examples)
+    for batch_tokens in (4096, 30):
+        rows = score_rows(model, examples, batch_tokens=batch_tokens)
+        assert [row.where for row in rows] == [example.where for example in examples]
+        assert [row.matched for row in rows] == [n % 2 == 0 for n in range(24)]
+        for example, row in zip(examples, rows, strict=True):
+            alone = evaluate_model(model, [example])
+            assert (row.tokens, int(row.matched)) == (alone.tokens, alone.matched)
+            assert row.loss == pytest.approx(alone.loss * alone.tokens, abs=1e-4)
+        assert math.fsum(row.loss for row in rows) / whole.tokens == pytest.approx(whole.loss)

@@ -10,6 +10,7 @@ import typer
 from esft_cli import data_options, output
 
 if TYPE_CHECKING:
+    from esft.evaluating import Evaluated
     from esft.measures.harness import HarnessScores
 
 
@@ -28,6 +29,28 @@ def evaluate(
     delta: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A delta made from MODEL, to score with it.")
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="exact_match, json_equal, chrf, bleu, rouge_l or pass_at_1; repeatable.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Of an answer at most, where a metric needs its text.")
+    ] = 64,
+    general: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also the loss on each file in DIR, another domain each."),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write every row's answer and scores there, as JSONL."),
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let pass_at_1 run code that the model writes."),
+    ] = False,
     max_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Score only the first N rows.")
     ] = None,
@@ -46,10 +69,10 @@ def evaluate(
     trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
-    """Score a model on a test set: exact match, loss, perplexity; or on tasks of lm-eval.
+    """Score a model on a test set: exact match, other metrics, loss; or on tasks of lm-eval.
 
     Exact match is the share of rows that greedy decoding would answer token for token, end
-    included; loss is the mean over answer tokens.
+    included; loss is the mean over answer tokens. Metrics have 95 % confidence intervals.
     """
     if (data is None) == (harness is None):
         raise typer.BadParameter("give --data or --harness, one of them", param_hint="--data")
@@ -80,6 +103,10 @@ def evaluate(
         model,
         data_options.source(data, format_, split, config),
         delta=delta,
+        metrics=metric or ["exact_match"],
+        max_new_tokens=max_new_tokens,
+        general=general,
+        allow_code=allow_code,
         device=device,
         dtype=dtype,
         batch_tokens=batch_tokens,
@@ -90,17 +117,34 @@ def evaluate(
     data_options.report_skipped(bad_rows)
     if out is not None:
         write_json(out, found.to_dict())
+    if answers is not None:
+        found.write_answers(answers)
     if json:
         output.print_json(found.to_dict())
         return
-    table = output.table("score", "", "")
-    for name, value in (
-        ("exact match", f"{output.share(found.exact_match)} ({found.matched:,} of {found.rows:,})"),
-        ("loss", f"{found.loss:.4f} nats a token"),
-        ("perplexity", f"{found.perplexity:.4g}"),
-        ("answer tokens", output.count(found.tokens)),
-    ):
-        table.add_row(name, value)
+    _print(found)
+
+
+def _print(found: Evaluated) -> None:
+    table = output.table("score", "", "", "95 %")
+    matched = f"({found.matched:,} of {found.rows:,})"
+    rows = [("exact match", f"{output.share(found.exact_match)} {matched}", "")]
+    for name, score in found.scores.items():
+        if name == "exact_match":
+            rows.pop(0)
+        shown = f"{output.share(score.value)}{f' {matched}' if name == 'exact_match' else ''}"
+        interval = f"{output.share(score.low)} to {output.share(score.high)}"
+        rows.append((name.replace("_", " "), shown, interval))
+    rows += [
+        ("loss", f"{found.loss:.4f} nats a token", ""),
+        ("perplexity", f"{found.perplexity:.4g}", ""),
+        ("answer tokens", output.count(found.tokens), ""),
+    ]
+    if found.general:
+        rows.append(("general loss", f"{found.general_loss:.4f} nats a token", ""))
+        rows += [(f"  {name}", f"{loss:.4f}", "") for name, loss in found.general.items()]
+    for row in rows:
+        table.add_row(*row)
     output.console().print(table)
 
 

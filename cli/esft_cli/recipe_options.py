@@ -19,7 +19,11 @@ Data = Annotated[
 ]
 Eval = Annotated[
     str | None,
-    typer.Option("--eval", help="Test rows, without a recipe.", metavar="FILE|DIR|ID"),
+    typer.Option("--eval", help="Rows to score while training (data.eval).", metavar="FILE|DIR|ID"),
+]
+Test = Annotated[
+    str | None,
+    typer.Option("--test", help="Rows to score once trained (data.test).", metavar="FILE|DIR|ID"),
 ]
 Set = Annotated[
     list[str] | None,

@@ -18,6 +18,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.", metavar="RUN")],
     data: recipe_options.Data = None,
     eval_: recipe_options.Eval = None,
+    test: recipe_options.Test = None,
     method: Annotated[
         str | None, typer.Option(help="esft, random, lora or full.", metavar="NAME")
     ] = None,
@@ -85,6 +86,7 @@ def train(
         "--deterministic": (("deterministic",), deterministic),
         "--device": (("device",), device),
         "--eval": (("data", "eval"), eval_),
+        "--test": (("data", "test"), test),
         "--skip-bad": (("data", "skip_bad"), skip_bad),
     }
     chosen: list[str | Override] = [
@@ -99,6 +101,20 @@ def train(
         output.print_json(result.to_dict())
         return
     _print(result, resolved.model)
+
+
+def _tested(result: RunResult) -> dict[str, str]:
+    rows = {}
+    if result.test is not None:
+        for name, score in result.test.scores.items():
+            rows[f"{name.replace('_', ' ')} on data.test"] = (
+                f"{output.share(score.value)} ({output.share(score.low)} to "
+                f"{output.share(score.high)})"
+            )
+        rows["loss on data.test"] = f"{result.test.loss:.4f}"
+    if result.general:
+        rows["general loss"] = f"{sum(result.general.values()) / len(result.general):.4f}"
+    return rows
 
 
 def _print(result: RunResult, model: str) -> None:
@@ -121,8 +137,9 @@ def _print(result: RunResult, model: str) -> None:
             else None
         ),
         "delta": f"{result.delta} ({output.size(result.delta_bytes)})",
-        "exact match": output.share(scored.exact_match) if scored else None,
-        "loss on test rows": f"{scored.loss:.4f}" if scored else None,
+        "exact match on data.eval": output.share(scored.exact_match) if scored else None,
+        "loss on data.eval": f"{scored.loss:.4f}" if scored else None,
+        **_tested(result),
     }
     for name, value in rows.items():
         if value is not None:

@@ -69,13 +69,13 @@ class Scores:
         return sums_interval(self.sums, self.figure, seed=seed)
 
 
-def needs_text(name: MetricName) -> bool:
+def needs_text(name: str) -> bool:
     """Return whether a metric needs answers as text; exact match needs one forward pass a row."""
     return name != "exact_match"
 
 
 def check_metrics(
-    names: Sequence[MetricName], *, allow_code: bool, where: str = "evaluation.metrics"
+    names: Sequence[str], *, allow_code: bool, where: str = "evaluation.metrics"
 ) -> None:
     """Refuse what cannot be computed here, before any work.
 
@@ -106,7 +106,7 @@ def check_metrics(
             )
 
 
-def check_rows(name: MetricName, rows: Sequence[tuple[Row, str]]) -> None:
+def check_rows(name: str, rows: Sequence[tuple[Row, str]]) -> None:
     """Refuse rows, each with its reference, that a metric cannot score.
 
     Raises:
@@ -118,7 +118,7 @@ def check_rows(name: MetricName, rows: Sequence[tuple[Row, str]]) -> None:
             check(row, reference)
 
 
-def score_answers(name: MetricName, answers: Sequence[Answer], **options: Any) -> Scores:
+def score_answers(name: str, answers: Sequence[Answer], **options: Any) -> Scores:
     """Score answers by a metric that needs them as text.
 
     Args:
@@ -130,5 +130,5 @@ def score_answers(name: MetricName, answers: Sequence[Answer], **options: Any) -
     return score(answers, **options) if name == "pass_at_1" else score(answers)
 
 
-def _module(name: MetricName) -> Any:
+def _module(name: str) -> Any:
     return importlib.import_module(f"esft.measures.{name}")

@@ -17,7 +17,6 @@ from esft.measures.answering import Question, answer, questions
 from esft.measures.interval import Interval
 from esft.measures.metric import (
     Answer,
-    MetricName,
     Scores,
     check_metrics,
     check_rows,
@@ -78,7 +77,7 @@ class Task:
         examples: Sequence[Example],
         tokenizer: Any,
         *,
-        metrics: Sequence[MetricName] = ("exact_match",),
+        metrics: Sequence[str] = ("exact_match",),
         max_new_tokens: int = 64,
         allow_code: bool = False,
         code_seconds: float = 10.0,

@@ -35,7 +35,8 @@ def test_eval_prints_a_table(checkpoint: Path, data: Path) -> None:
     expected = library.evaluate(checkpoint, data)
     lines = esft("eval", checkpoint, "--data", data).stdout.splitlines()
     shown = {line[:13].strip(): line[13:].strip() for line in lines}
-    assert shown["exact match"] == "0.0 % (0 of 2)"
+    assert shown["exact match"].split("  ")[0] == "0.0 % (0 of 2)"
+    assert shown["exact match"].split("  ")[-1].strip() == "0.0 % to 0.0 %"
     assert shown["loss"] == f"{expected.loss:.4f} nats a token"
     assert shown["perplexity"] == f"{expected.perplexity:.4g}"
     assert shown["answer tokens"] == "4"
@@ -44,6 +45,35 @@ def test_eval_prints_a_table(checkpoint: Path, data: Path) -> None:
 def test_eval_prints_json(checkpoint: Path, data: Path) -> None:
     printed = esft_json("eval", checkpoint, "--data", data, "--max-rows", "1")
     assert printed == library.evaluate(checkpoint, data, max_rows=1).to_dict()
+
+
+def test_eval_by_other_metrics_and_on_other_domains(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    general = tmp_path / "general"
+    general.mkdir()
+    (general / "words.jsonl").write_text('{"text": "some words"}\n')
+    answers = tmp_path / "answers.jsonl"
+    metrics = ("--metric", "chrf", "--metric", "rouge_l", "--max-new-tokens", "3")
+    options = ("eval", checkpoint, "--data", data, *metrics, "--general", general)
+    printed = esft_json(*options, "--answers", answers)
+    expected = library.evaluate(
+        checkpoint, data, metrics=["chrf", "rouge_l"], max_new_tokens=3, general=general
+    )
+    assert printed == expected.to_dict()
+    assert list(printed["scores"]) == ["chrf", "rouge_l"]
+    assert [json.loads(line) for line in answers.read_text().splitlines()] == expected.answers
+    shown = esft(*options).stdout
+    score = printed["scores"]["chrf"]
+    for text in (
+        f"{100 * score['value']:.1f} %",
+        f"{100 * score['low']:.1f} % to {100 * score['high']:.1f} %",
+        "rouge l",
+        f"{printed['general_loss']:.4f} nats a token",
+        f"{printed['general']['words']:.4f}",
+    ):
+        assert text in shown
+    assert "--allow-code" in refusal("eval", checkpoint, "--data", data, "--metric", "pass_at_1")
 
 
 def test_generate_prints_the_answer_alone(checkpoint: Path) -> None:

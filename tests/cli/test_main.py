@@ -30,15 +30,16 @@ OPTIONS = {
     "--split --config --skip-bad --device --dtype --trust-remote-code --json",
     "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
     "--group --layers --random --random-from --json",
-    "train": "recipe --out --data --eval --method --selection --metric --p --steps --lr --set "
-    "--skip-bad --deterministic --resume --device --trust-remote-code --json",
+    "train": "recipe --out --data --eval --test --method --selection --metric --p --steps --lr "
+    "--set --skip-bad --deterministic --resume --device --trust-remote-code --json",
     "merge": "base deltas --out --on-conflict --json",
     "verify": "base deltas --merged --on-conflict --json",
     "unmerge": "merged delta --out --base --json",
     "export": "delta --out --base --compress --official --json",
     "import": "adapter --base --out --config --json",
-    "eval": "model --data --harness --harness-path --delta --max-rows --batch-tokens --format "
-    "--split --config --skip-bad --device --dtype --out --trust-remote-code --json",
+    "eval": "model --data --harness --harness-path --delta --metric --max-new-tokens --general "
+    "--answers --allow-code --max-rows --batch-tokens --format --split --config --skip-bad "
+    "--device --dtype --out --trust-remote-code --json",
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
     "--dtype --trust-remote-code --json",
     "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
