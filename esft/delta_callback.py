@@ -20,11 +20,13 @@ from esft.changes import check_changes, check_start, trained_changes
 from esft.delta import write_delta
 from esft.errors import CheckError, ModelError, RecipeError
 from esft.experts import attached_layers, attached_parts, attached_selection, part_parameters
-from esft.files import new_folder, refuse_existing
+from esft.files import new_folder, refuse_existing, write_text
 from esft.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from esft.loading import refuse_quantised
 from esft.locating import resolve
 from esft.moe import text_config, trainable_parameters
+from esft.report.base_card import CARD, BaseCard, describe_base
+from esft.report.saved_card import saved_card
 from esft.run.exact_parameters import restore_exactly, save_exactly, token_of
 from esft.secrets import redact
 from esft.shards import open_checkpoint
@@ -40,6 +42,7 @@ class _Base:
     name: str
     tensors: Fingerprint
     tokenizer: str | None
+    card: BaseCard
 
 
 class SaveDelta(TrainerCallback, ExportableState):
@@ -144,7 +147,8 @@ class SaveDelta(TrainerCallback, ExportableState):
         changes = trained_changes(model, base)
         check_changes(changes, base)
         check_start(changes, checkpoint)
-        self._found = _Base(str(name), base, tokenizer_digest(folder))
+        card = describe_base(str(name), folder, type(model).__name__)
+        self._found = _Base(str(name), base, tokenizer_digest(folder), card)
 
     def _write(
         self, folder: Path, args: TrainingArguments, state: TrainerState, model: Any
@@ -171,6 +175,8 @@ class SaveDelta(TrainerCallback, ExportableState):
         with new_folder(folder, replace=folder != self.folder) as temporary:
             changes = trained_changes(model, self._found.tensors)
             write_delta(temporary, self._found.tensors, changes, about)
+            card = saved_card(about, selection, self._found.card)
+            write_text(temporary / CARD, card)
 
 
 def stated_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from esft.fingerprint import hash_tensor
 from esft.locating import resolve
 from esft.manifest import STEM, write_manifest
 from esft.official import write_official
+from esft.report.base_card import CARD
 from esft.shard_writer import SHARD_SIZE, Source, write_shards
 from esft.shards import Checkpoint, open_checkpoint, read_blocks, refuse_link_outside
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)

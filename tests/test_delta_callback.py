@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -435,3 +436,19 @@ def test_training_that_diverged_saves_nothing(base: Path, tmp_path: Path) -> Non
     with pytest.raises(DeltaError, match="NaN or infinite values; training diverged"):
         work.train()
     assert not (tmp_path / "delta").exists()
+
+
+def test_the_delta_has_a_model_card(whole: tuple[Path, Trainer], base: Path) -> None:
+    folder, work = whole
+    for delta in (folder / "delta", folder / "out" / "checkpoint-2" / "delta"):
+        card = ModelCard.load(delta / "README.md")
+        assert card.data.library_name == "esft"
+        assert card.data.pipeline_tag == "text-generation"
+        steps = 2 if "checkpoint-2" in str(delta) else work.state.global_step
+        assert f"| steps | {steps} |" in card.text
+        assert f"| learning_rate | {work.args.learning_rate} |" in card.text
+        for layer, ids in SELECTION.experts.items():
+            assert f"| {layer} | {', '.join(map(str, ids))} |" in card.text
+        assert f"{base.name}, specialised by ESFT" in card.text
+        for private in (folder.parent, base.parent):
+            assert str(private) not in (delta / "README.md").read_text()

@@ -12,6 +12,7 @@ import yaml
 
 from esft.locating import TINY_MOE, TINY_MOE_FOLDER
 
+CARD = "README.md"  # as the hub calls a model card
 TAGS = ["esft", "mixture-of-experts"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,7 +65,7 @@ def describe_base(model: str, folder: Path | None, architecture: str | None) -> 
         architecture: name of its class in transformers.
     """
     hub_id = _hub_id(model)
-    found = {} if folder is None else _front_matter(folder / "README.md")
+    found = {} if folder is None else _front_matter(folder / CARD)
     pipeline = _word(found.get("pipeline_tag"))
     if pipeline is None and (architecture or "").endswith("ForCausalLM"):
         pipeline = _TEXT

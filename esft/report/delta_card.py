@@ -6,13 +6,21 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from esft.data.sources import is_local
 from esft.manifest import ADAPTER, versions
 from esft.recipe_sections import Recipe, SelectionSpec, SourceSpec, TrainSpec
 from esft.report.base_card import TAGS, BaseCard, cell, shown_path
-from esft.secrets import redact
+from esft.report.card_sections import (
+    BELONGS,
+    ESFT,
+    EXPERTS,
+    TRAINING,
+    USE,
+    VERSIONS,
+    front_matter,
+    render,
+    rule_words,
+)
 from esft.trained_parts import TrainedParts
 
 if TYPE_CHECKING:
@@ -21,10 +29,9 @@ if TYPE_CHECKING:
     from esft.run.result import RunResult
     from esft.selection import Selection
 
-_ESFT = "[Expert-Specialized Fine-Tuning](https://arxiv.org/abs/2407.01906)"
 _WHAT = {
-    "esft": f"What {_ESFT} changed in %s",
-    "random": f"A control for {_ESFT}: what training experts drawn by chance changed in %s",
+    "esft": f"What {ESFT} changed in %s",
+    "random": f"A control for {ESFT}: what training experts drawn by chance changed in %s",
     "lora": "A LoRA adapter, in PEFT's format, for %s",
     "hot-lora": "Low-rank factors of the experts that a task uses most, for %s",
     "full": "What full fine-tuning made of %s",
@@ -35,64 +42,16 @@ _TITLES = {
     "lora": "LoRA",
     "hot-lora": "hot-expert LoRA",
 }
-_TEMPLATE = """\
-{{ front }}
-# {{ base.name | cell }}, specialised by {{ title }}
+_HEAD = f"""\
+{{{{ front }}}}
+# {{{{ base.name | cell }}}}, specialised by {{{{ title }}}}
 
-{{ what }}: {{ "{:,}".format(result.trained) }} parameters trained, \
-{{ "%.1f" % (100 * result.trained / result.total) }} % of the model's \
-{{ "{:,}".format(result.total) }}. It is no whole model: it belongs to its base, whose every tensor
-is known here by its sha256.
+{{{{ what }}}}: {{{{ "{{:,}}".format(result.trained) }}}} parameters trained, \
+{{{{ "%.1f" % (100 * result.trained / result.total) }}}} % of the model's \
+{{{{ "{{:,}}".format(result.total) }}}}. {BELONGS}
 
-## Use
-
-With esft; `DELTA` is this folder{% if base.argument == "BASE" %}, \
-`BASE` that of the checkpoint {{ base.name | cell }}{% endif %}:
-
-```sh
-esft merge {{ base.argument }} DELTA --out MERGED
-```
-
-`MERGED` is an ordinary checkpoint, which needs no esft:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("MERGED")
-tokenizer = AutoTokenizer.from_pretrained("MERGED")
-```
-{% if switches %}
-Without a merge, beside the base's own weights and switched at any time:
-
-```python
-import esft
-from transformers import AutoModelForCausalLM
-{% if base.argument == "tiny-moe" %}
-from esft.locating import resolve
-
-model = AutoModelForCausalLM.from_pretrained(resolve("tiny-moe"))
-{%- else %}
-model = AutoModelForCausalLM.from_pretrained("{{ base.argument }}")
-{%- endif %}
-esft.load_delta(model, "DELTA", "task")
-esft.set_active(model, "task")  # None for the base
-```
-{% elif result.method == "lora" %}
-Or with PEFT, from the base:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-{% if base.argument == "tiny-moe" %}
-from esft.locating import resolve
-
-base = AutoModelForCausalLM.from_pretrained(resolve("tiny-moe"))
-{%- else %}
-base = AutoModelForCausalLM.from_pretrained("{{ base.argument }}")
-{%- endif %}
-model = PeftModel.from_pretrained(base, "DELTA")
-```
-{% endif %}
+"""
+_RESULTS = """\
 {% if results or general -%}
 ## Results
 
@@ -107,28 +66,6 @@ model = PeftModel.from_pretrained(base, "DELTA")
 Losses are in nats a token. Intervals are bootstrapped over rows.
 
 {% endif -%}
-## Training
-
-| | |
-|---|---|
-{% for name, value in settings -%}
-| {{ name }} | {{ value | cell }} |
-{% endfor %}
-{% if selection -%}
-## Experts
-
-Chosen by {{ rule }}; by layer, {{ "by id" if result.method == "random" else "best first" }}:
-
-| layer | experts |
-|---|---|
-{% for layer, ids in selection.experts.items() -%}
-| {{ layer }} | {{ ids | join(", ") }} |
-{% endfor %}
-{% endif -%}
-## Versions
-
-{% for name, version in versions.items() %}{{ name }} {{ version }}\
-{{ ", " if not loop.last }}{% endfor %}
 """
 
 
@@ -156,15 +93,16 @@ def delta_card(
     """
     train = recipe.train or TrainSpec()
     parts = TrainedParts.of(selection, **train.parts).names if recipe.trains_experts else ()
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
-    environment.filters["cell"] = cell
-    text = environment.from_string(_TEMPLATE).render(
+    return render(
+        _HEAD + USE + _RESULTS + TRAINING + EXPERTS + VERSIONS,
         front=_front(recipe, result, base),
         base=base,
         result=result,
+        method=result.method,
         title=_TITLES.get(result.method, "full fine-tuning"),
         what=_WHAT[result.method] % cell(base.name),
         switches=result.method in ("esft", "random") and not parts,
+        adapter=(result.delta / ADAPTER).is_file(),
         results=list(_results(recipe, result)),
         general=result.general or {},
         settings=list(_settings(recipe, result, parts, arguments, data)),
@@ -172,12 +110,9 @@ def delta_card(
         rule="" if selection is None else _rule(selection, recipe),
         versions=versions(),
     )
-    return redact(text.rstrip() + "\n")
 
 
 def _front(recipe: Recipe, result: RunResult, base: BaseCard) -> str:
-    from huggingface_hub import ModelCardData
-
     relation = "finetune" if result.method == "full" else "adapter"
     is_adapter = (result.delta / ADAPTER).is_file()
     hub = [source.path for source in recipe.data.sources("train") if _on_hub(source)]
@@ -191,7 +126,7 @@ def _front(recipe: Recipe, result: RunResult, base: BaseCard) -> str:
         found["datasets"] = list(dict.fromkeys(hub))
     if evaluated := _evaluated(recipe, result, base):
         found["eval_results"] = evaluated
-    return f"---\n{ModelCardData(**found).to_yaml()}\n---"
+    return front_matter(**found)
 
 
 def _evaluated(recipe: Recipe, result: RunResult, base: BaseCard) -> list[Any]:
@@ -299,11 +234,7 @@ def _on_hub(source: SourceSpec) -> bool:
 
 def _rule(selection: Selection, recipe: Recipe) -> str:
     """Return the rule of a selection in words."""
-    rule = {name: value for name, value in selection.rule.items() if value is not None}
-    rule.pop("auto", None)  # why p is what it is, at length
-    if not rule:
-        return "hand"
-    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in rule.items())
+    words = rule_words(selection.rule)
     if not isinstance(recipe.selection, SelectionSpec):
         return words
     return f"{words}, on {recipe.selection.tokens:,} tokens of the training data at most"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esft.report.base_card import TAGS, cell, describe_base, is_hub_id, shown_path
+from esft.report.card_sections import front_matter
 from esft.secrets import redact
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ def merged_card(base: str | Path, folder: Path, deltas: Sequence[Delta], changed
         deltas: in the order in which they were applied.
         changed: tensors of the base that they replace, 0 where the merge was computed.
     """
-    from huggingface_hub import ModelCardData
-
     manifests = [delta.manifest for delta in deltas]
     named = _text(manifests[0], "base", "name") or str(base)
     about = describe_base(named, folder, _text(manifests[0], "base", "architecture"))
@@ -39,7 +38,7 @@ def merged_card(base: str | Path, folder: Path, deltas: Sequence[Delta], changed
     count = "a delta" if len(deltas) == 1 else f"{len(deltas)} deltas"
     tensors = f"Of {len(deltas[0].base)} tensors {changed} differ from the base's. "
     lines = [
-        f"---\n{ModelCardData(**data).to_yaml()}\n---",
+        front_matter(**data),
         f"# {cell(about.name)}, specialised",
         "",
         f"A merge by {_ESFT} of the base {cell(about.name)} and {count}. "
