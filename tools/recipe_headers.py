@@ -59,7 +59,7 @@ def needs(recipe: ShippedRecipe) -> str:
     few, many = found.few, found.many
     peaks = _between(_peak(few), _peak(many))
     if found.device == "cpu":
-        words = f"Needs, by `esft plan`: {peaks} of memory on a CPU{found.experts}"
+        words = f"Needs, by `esft plan`: {peaks} of memory for tensors{found.experts}"
     else:
         words = f"Needs, by `esft plan`: {peaks} of a GPU's memory{found.experts} ({_gpu(many)})"
     words += f"; {_between(few.disk.delta / 1e9, many.disk.delta / 1e9)} for the delta"
