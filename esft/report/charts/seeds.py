@@ -61,8 +61,14 @@ def score_and_general(metric: str) -> Callable[[Point], tuple[float, ...] | None
     )
 
 
-def left_out(comparison: Comparison, task: str) -> str:
-    """Return a sentence on the methods that have no run to show, and on runs that failed."""
+def left_out(comparison: Comparison, task: str, *, all_rates: bool = False) -> str:
+    """Return a sentence on the methods that have no run to show, and on runs that failed.
+
+    Args:
+        comparison: has the runs.
+        task: its name.
+        all_rates: whether the picture shows all learning rates, not only the chosen ones.
+    """
     told = []
     for method in comparison.methods:
         planned = [
@@ -70,7 +76,8 @@ def left_out(comparison: Comparison, task: str) -> str:
             for record in comparison.records
             if (record.task, record.method) == (task, method) and not record.sweep
         ]
-        shown = len(comparison.of(task, method))
+        ended = [record for record in planned if record.outcome is not None]
+        shown = ended if all_rates else comparison.of(task, method)
         failed = sum(record.error is not None for record in planned)
         open_ = sum(record.outcome is None and record.error is None for record in planned)
         if planned and not shown:

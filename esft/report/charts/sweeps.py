@@ -126,7 +126,7 @@ def learning_rates(comparison: Comparison, task: str) -> Chart | None:
         name_axis(axes, f"{words(metric)}, validation rows  (↑ better)")
         return picture.chart(
             f"{words(metric)} on the validation rows when training ends. {_seeds(found)}"
-            f"{left_out(comparison, task)}"
+            f"{left_out(comparison, task, all_rates=True)}"
         )
 
 

@@ -66,6 +66,13 @@ def test_captions_say_what_is_missing() -> None:
     assert "full (of 6 runs 2 failed)" in captions["dates"]
     assert "esft-token (of 6 runs 2 not finished)" in captions["json"]
     assert "lora (no run to show: 6 failed)" in captions["sums"]
+    rates = sweeps.learning_rates(made, "sums")
+    assert rates is not None
+    assert "lora (no run to show: 6 failed)" in rates.caption
+    unchosen = replace(made, records=[replace(run, chosen=False) for run in made.records])
+    rates = sweeps.learning_rates(unchosen, "dates")
+    assert rates is not None
+    assert rates.caption.endswith("Incomplete: full (of 6 runs 2 failed).")
     shown = {row["method"] for row in numbers(tradeoff.tradeoff(made, "sums"))}  # type: ignore[arg-type]
     assert "lora" not in shown
     assert "full" in shown
