@@ -213,45 +213,47 @@ class _Run:
             # One may be there, of a run that was ended before it had a result.
             with new_folder(self.out / DELTA, replace=True) as folder:
                 method.save(prepared, folder, self.base, about)
+            result = RunResult(
+                out=self.out,
+                delta=self.out / DELTA,
+                method=method.name,
+                steps=outcome.steps,
+                best_step=outcome.best,
+                seconds=seconds,
+                step_seconds=trainer.clock.step_seconds,
+                tokens_per_second=trainer.state.num_input_tokens_seen / seconds,
+                train_loss=outcome.loss,
+                trained=trained,
+                total=self.anatomy.total,
+                routed=self.anatomy.routed,
+                moved=None if start_weights is None else start_weights.moved(prepared),
+                stored_moved=stored_moved(
+                    read_delta(self.out / DELTA), open_checkpoint(self.folder)
+                ),
+                drift=meter.read(self.selection, self.out) if meter and self.selection else None,
+                delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
+                peak_memory=peak_memory(model.device),
+                flops=run_flops(
+                    trainer,
+                    self.data.train_set,
+                    layers,
+                    scores or (meter.before if meter else None),
+                    self.selection,
+                    recomputed=bool(self.recipe.training.get("gradient_checkpointing")),
+                ),
+                evaluation=evaluation,
+                test=test,
+                general=general,
+                adapter=method.adapter,
+            )
+            write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
+            write_text(self.out / DELTA / CARD, self._delta_card(result))
+            if test is not None:
+                test.write_answers(self.out / TEST_ANSWERS)
+            write_json(self.out / RESULT, result.to_dict())
         except Interrupted:
             trainer.saving.save_once()
             raise
-        result = RunResult(
-            out=self.out,
-            delta=self.out / DELTA,
-            method=method.name,
-            steps=outcome.steps,
-            best_step=outcome.best,
-            seconds=seconds,
-            step_seconds=trainer.clock.step_seconds,
-            tokens_per_second=trainer.state.num_input_tokens_seen / seconds,
-            train_loss=outcome.loss,
-            trained=trained,
-            total=self.anatomy.total,
-            routed=self.anatomy.routed,
-            moved=None if start_weights is None else start_weights.moved(prepared),
-            stored_moved=stored_moved(read_delta(self.out / DELTA), open_checkpoint(self.folder)),
-            drift=meter.read(self.selection, self.out) if meter and self.selection else None,
-            delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
-            peak_memory=peak_memory(model.device),
-            flops=run_flops(
-                trainer,
-                self.data.train_set,
-                layers,
-                scores or (meter.before if meter else None),
-                self.selection,
-                recomputed=bool(self.recipe.training.get("gradient_checkpointing")),
-            ),
-            evaluation=evaluation,
-            test=test,
-            general=general,
-            adapter=method.adapter,
-        )
-        write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
-        write_text(self.out / DELTA / CARD, self._delta_card(result))
-        if test is not None:
-            test.write_answers(self.out / TEST_ANSWERS)
-        write_json(self.out / RESULT, result.to_dict())
         return result
 
     def _delta_card(self, result: RunResult) -> str:

@@ -342,3 +342,22 @@ def test_the_median_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now[0] += 3
     assert (after.seconds, after.train_seconds) == (3111.0, 111.0)
     assert after.step_seconds == 2.0
+
+
+@pytest.mark.parametrize("method", ["lora", "hot-lora", "full"])
+def test_every_method_answers_as_its_merged_model_does(
+    folder: Path, tmp_path: Path, method: str
+) -> None:
+    """While layers are computed again, too, where a model keeps no keys and values in training."""
+    wanted = recipe(folder, method=method, evaluation={"metrics": ["chrf"]})
+    wanted["training"] |= {"max_steps": 2, "gradient_checkpointing": True, "eval_on_start": False}
+    result = esft.train(wanted, tmp_path / "run")
+    esft.merge(folder / "base", tmp_path / "run" / "delta", tmp_path / "merged")
+    found = esft.evaluate(
+        tmp_path / "merged", folder / "test.jsonl", metrics=["chrf"], max_new_tokens=4
+    )
+    assert result.test is not None
+    assert [row["answer"] for row in result.test.answers] == [
+        row["answer"] for row in found.answers
+    ]
+    assert result.test.scores["chrf"].value == pytest.approx(found.scores["chrf"].value)
