@@ -8,6 +8,7 @@ from esft.comparison import figures
 from esft.comparison.figures import Figure
 from esft.comparison.records import Comparison, RunRecord
 from esft.comparison.statistics import Summary
+from esft.comparison.table import Cell, Column, Row, Table
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,39 @@ def sweep_series(comparison: Comparison) -> list[SweepSeries]:
         for method in comparison.methods
         if (key, task, method) in groups
     ]
+
+
+def sweep_tables(comparison: Comparison) -> list[Table]:
+    """Return a table for each swept key and task: its values down, what came of them across."""
+    score, general = figures.score(comparison.metric), figures.general_average()
+    columns = (
+        Column(score.key, "", score.title, score.unit, score.better),
+        Column(general.key, "", "general loss", general.unit, general.better),
+        Column("trained", "", "trained", "parameters"),
+    )
+    series = sweep_series(comparison)
+    return [
+        Table(
+            key=f"sweep-{key}-{task}",
+            title=f"{task}: what {key} does",
+            columns=columns,
+            rows=tuple(
+                Row(
+                    f"{line.method}, {key} {found.value:g}",
+                    tuple(map(_cell, (found.score, found.general, found.trained))),
+                )
+                for line in series
+                if (line.key, line.task) == (key, task)
+                for found in line.values
+            ),
+            notes=("Mean ± spread over seeds (the standard deviation with n − 1).",),
+        )
+        for key, task in dict.fromkeys((line.key, line.task) for line in series)
+    ]
+
+
+def _cell(summary: Summary | None) -> Cell:
+    return Cell() if summary is None else Cell(summary.mean, summary.spread, summary.count)
 
 
 def _values(

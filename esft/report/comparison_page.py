@@ -8,6 +8,7 @@ from pathlib import Path
 from esft.comparison import table as measured
 from esft.comparison.claims import Claim, judge
 from esft.comparison.records import Comparison
+from esft.comparison.series import sweep_tables
 from esft.comparison.summary import paired_table, summary_table, tradeoff_table
 from esft.recipe_text import to_yaml
 from esft.report import comparison_charts as charts
@@ -52,7 +53,7 @@ def comparison_page(comparison: Comparison, folder: Path, out: Path, made_by: st
             Section("costs", "Costs", [*_costs(summary), *_pictures(charts.costs(comparison))]),
             Section("evidence", "The claims, task by task", _evidence(claims, comparison)),
             Section("curves", "While they learnt", _learning(comparison, folder)),
-            Section("sweeps", "Other settings", _pictures(charts.sweeps(comparison))),
+            Section("sweeps", "Other settings", _sweeps(comparison)),
             Section("experts", "Experts", _experts(comparison, folder)),
             Section("failed", "Failed runs", _tables(failed_table(comparison, folder, out))),
             Section("runs", "Every run", [runs_table(comparison, folder, out)]),
@@ -122,6 +123,11 @@ def _costs(summary: measured.Table) -> list[Block]:
 def _learning(comparison: Comparison, folder: Path) -> list[Block]:
     drawn = [charts.learning(comparison, task, folder) for task in comparison.tasks]
     return [block for group in drawn for block in _pictures(group)]
+
+
+def _sweeps(comparison: Comparison) -> list[Block]:
+    tables = (page_table(table) for table in sweep_tables(comparison))
+    return [*_pictures(charts.sweeps(comparison)), *(block for t in tables for block in _tables(t))]
 
 
 def _experts(comparison: Comparison, folder: Path) -> list[Block]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from run_records import compared, run
 
-from esft.comparison.series import sweep_series
+from esft.comparison.series import sweep_series, sweep_tables
 from esft.comparison.statistics import Summary
 
 
@@ -44,3 +44,25 @@ def test_without_a_chosen_rate_all_runs_count_and_without_a_sweep_there_is_no_se
     swept = [run(seed=n, score=0.2 * n, chosen=False, sweep={"p": 1}) for n in range(3)]
     assert sweep_series(compared(*swept))[0].values[0].score.count == 3
     assert sweep_series(compared(run())) == []
+    assert sweep_tables(compared(run())) == []
+
+
+def test_a_sweeps_table_has_a_row_for_each_value() -> None:
+    runs = [
+        run(method, seed, score + 0.01 * seed, 0.5, sweep={"p": p}, trained=trained)
+        for method, p, score, trained in (
+            ("a", 0.4, 0.8, 40),
+            ("a", 0.1, 0.6, 10),
+            ("b", 0.1, 0.5, 9),
+        )
+        for seed in (0, 2)
+    ]
+    (table,) = sweep_tables(compared(*runs))
+    assert table.title == "dates: what p does"
+    assert [
+        (row.name, *(column.text(cell) for column, cell in table.cells(row))) for row in table.rows
+    ] == [
+        ("a, p 0.1", "61.0 ± 1.4", "1.500 ± 0.000", "10"),
+        ("a, p 0.4", "81.0 ± 1.4", "1.500 ± 0.000", "40"),
+        ("b, p 0.1", "51.0 ± 1.4", "1.500 ± 0.000", "9"),
+    ]

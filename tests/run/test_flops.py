@@ -275,10 +275,13 @@ def test_a_run_tells_the_operations_of_all_its_steps(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["flops"] == result.flops
 
 
+@pytest.mark.parametrize("method", ["esft", "hot-lora"])
 def test_a_run_knows_how_often_its_experts_were_chosen(
-    recipe: dict[str, Any], tmp_path: Path
+    recipe: dict[str, Any], tmp_path: Path, method: str
 ) -> None:
-    result = esft.train(recipe | {"selection": {"p": 0.4}}, tmp_path / "run")
+    """And how often factors were multiplied out: in 2 steps of 2 passes each."""
+    rule = {"selection": {"p": 0.4}}
+    result = esft.train(recipe | rule | {"method": method}, tmp_path / "run")
     selection = Selection.read(tmp_path / "run" / "selection.json")
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())["layers"]
     shares = {
@@ -287,7 +290,10 @@ def test_a_run_knows_how_often_its_experts_were_chosen(
     }
     model = load_model(recipe["model"])
     layers = moe_layers(model)
-    esft.attach(model, selection)
+    if method == "esft":
+        esft.attach(model, selection)
+    else:
+        HotLoraMethod(selection, LoraSpec()).prepare(model)
     length = 12  # the beginning, `0:`, eight letters, the end
     work = Work(tokens=8 * length, labelled=8 * 9, context=length, passes=4)
     assert result.flops == pytest.approx(training_flops(model, layers, work, shares))
