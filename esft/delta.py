@@ -1,8 +1,8 @@
 """The delta: what training changed, as files, and the base it belongs to.
 
 A folder with `esft_config.json` (what it is; written last), `esft_delta.safetensors` (final
-weights under the base checkpoint's own tensor names) and `esft_base.json` (the sha256 of every
-tensor of the base). docs/delta.md describes it well enough to re-implement.
+weights under the base checkpoint's own tensor names, or what leads to them) and `esft_base.json`
+(the sha256 of every tensor of the base). docs/delta.md describes it well enough to re-implement.
 """
 
 from __future__ import annotations

@@ -31,9 +31,8 @@ class LowRank(nn.Module):
     Args:
         places: for each pair, which numbers of an expert's flattened slice its product is added
             to: `[p, q]` int64.
-        input_first: for each pair, whether its p rows, and not its q columns, are what the expert
-            multiplies its input by. The factor on the side of the input begins random, the other
-            at 0.
+        input_first: whether the p rows, and not the q columns, are what the expert multiplies its
+            input by. The factor on the side of the input begins random, the other at 0.
         experts: n.
         r: the rank.
         scale: what the product is multiplied by, alpha / r.
@@ -48,8 +47,8 @@ class LowRank(nn.Module):
     def __init__(
         self,
         places: Sequence[Tensor],
-        input_first: Sequence[bool],
         *,
+        input_first: bool,
         experts: int,
         r: int,
         scale: float,
@@ -60,13 +59,12 @@ class LowRank(nn.Module):
         self.scale = scale
         self.spots: list[slice | Tensor] = [_spot(place, device) for place in places]
         self.left, self.right = nn.ParameterList(), nn.ParameterList()
-        for place, first in zip(places, input_first, strict=True):
-            p, q = place.shape
+        for p, q in (place.shape for place in places):
             left = torch.zeros(experts, p, r, dtype=dtype, device=device)
             right = torch.zeros(experts, r, q, dtype=dtype, device=device)
             # As nn.Linear and PEFT initialise it.
-            bound = 1 / math.sqrt(p if first else q)
-            (left if first else right).uniform_(-bound, bound)
+            bound = 1 / math.sqrt(p if input_first else q)
+            (left if input_first else right).uniform_(-bound, bound)
             self.left.append(nn.Parameter(left))
             self.right.append(nn.Parameter(right))
 
@@ -104,7 +102,7 @@ def add_low_rank(
                 continue
             factors = LowRank(
                 [part.numbers for part in found],
-                [layout.input_first(name) != _turned(part.numbers) for part in found],
+                input_first=layout.input_first(name),
                 experts=len(banks.selected),
                 r=r,
                 scale=alpha / r,
@@ -143,13 +141,6 @@ def _spot(place: Tensor, device: torch.device) -> slice | Tensor:
     first = int(flat[0])
     adjoin = torch.equal(flat, torch.arange(first, first + len(flat)))
     return slice(first, first + len(flat)) if adjoin else flat.to(device)
-
-
-def _turned(numbers: Tensor) -> bool:
-    """Whether a part's rows `[p, q]` are columns of the expert's slice."""
-    if 1 in numbers.shape:
-        return False
-    return bool(numbers[1, 0] - numbers[0, 0] < numbers[0, 1] - numbers[0, 0])
 
 
 def _by_tensor(

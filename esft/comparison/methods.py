@@ -60,11 +60,11 @@ METHODS: dict[str, ComparedMethod] = {
         random_from="unselected",
     ),
     "lora": ComparedMethod(
-        "PEFT's LoRA on attention and all experts; rank 8, alpha 16 unless the recipe says so",
+        "PEFT's LoRA on attention, every other linear layer and all experts, but no router",
         {"method": "lora", "lora": {"match": None}, **_NO_SELECTION},
     ),
     "lora-matched": ComparedMethod(
-        "the same with the rank whose adapter has about the bytes of ESFT's delta",
+        "the same, of the rank whose adapter has about the bytes of ESFT's delta",
         {
             "method": "lora",
             "lora": {"match": "esft", "r": None, "alpha": None},
@@ -73,7 +73,7 @@ METHODS: dict[str, ComparedMethod] = {
         },
     ),
     "hot-lora": ComparedMethod(
-        "LoRA on the selected experts, and nothing else; rank 8, alpha 16 likewise",
+        "LoRA on the selected experts, and nothing else",
         {
             "method": "hot-lora",
             "lora": {"match": None, "target_modules": None, "target_parameters": None},

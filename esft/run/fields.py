@@ -30,8 +30,7 @@ _DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "report_to": "none",
 }
-_LEARNING_RATES = {"esft": 1e-5, "random": 1e-5, "lora": 1e-4, "full": 3e-5}
-_LEARNING_RATES["hot-lora"] = _LEARNING_RATES["lora"]
+_LEARNING_RATES = {"esft": 1e-5, "random": 1e-5, "lora": 1e-4, "hot-lora": 1e-4, "full": 3e-5}
 # The trainer is not told: `esft.run.recomputation` does it.
 _NOT_PASSED_ON = ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 
