@@ -214,15 +214,16 @@ def _marks() -> str:
 
 def _missing(comparison: Comparison) -> list[str]:
     """Say which runs the means lack."""
-    lacking = [
-        f"{method} on {task} ({len(comparison.of(task, method))} of {len(comparison.seeds)})"
-        for task in comparison.tasks
-        for method in comparison.methods
-        if len(comparison.of(task, method)) < len(comparison.seeds)
-    ]
-    return [f"Runs that have not ended or failed are missing: {', '.join(lacking)}."] * bool(
-        lacking
-    )
+    wanted = len(comparison.seeds)
+    told = []
+    for method in comparison.methods:
+        ended = {task: len(comparison.of(task, method)) for task in comparison.tasks}
+        lacking = [f"{task} ({n} of {wanted})" for task, n in ended.items() if n < wanted]
+        if not any(ended.values()):
+            told.append(f"{method} (all)")
+        elif lacking:
+            told.append(f"{method} on {', '.join(lacking)}")
+    return [f"Runs that failed or have not ended are missing: {'; '.join(told)}."] if told else []
 
 
 def _range_note(comparison: Comparison, task: str) -> str:

@@ -150,14 +150,15 @@ def test_what_lacks_runs_is_not_averaged_with_less_and_is_named() -> None:
             run("lora", 1, 0.7),
             run("full", 0, 0.9, task="json"),
             run("full", 1, 0.9, task="json"),
+            run("random", 0, failed=True),
         )
     )
     assert _cell(table, "full", "exact_match/dates") == Cell(0.9, None, 1, best=True)
     assert _cell(table, "full", "exact_match/average").count == 1
     assert _cell(table, "lora", "exact_match/average") == Cell()
     assert table.notes[-1] == (
-        "Runs that have not ended or failed are missing: full on dates (1 of 2), "
-        "lora on json (0 of 2)."
+        "Runs that failed or have not ended are missing: full on dates (1 of 2); "
+        "lora on json (0 of 2); random (all)."
     )
 
 
