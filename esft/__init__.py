@@ -20,6 +20,7 @@ _HOME = {
     "Scores": "esft.scores",
     "Selection": "esft.selection",
     "attach": "esft.experts",
+    "compare": "esft.comparing",
     "detach": "esft.experts",
     "disable": "esft.switching",
     "evaluate": "esft.evaluating",
@@ -32,6 +33,7 @@ _HOME = {
     "load_delta": "esft.switching",
     "mask": "esft.masking",
     "merge": "esft.merging",
+    "plan": "esft.planning",
     "preview_data": "esft.previewing",
     "profile": "esft.profiling",
     "select": "esft.selection",
@@ -50,6 +52,7 @@ __all__ = [
     "Selection",
     "__version__",
     "attach",
+    "compare",
     "detach",
     "disable",
     "evaluate",
@@ -62,6 +65,7 @@ __all__ = [
     "load_delta",
     "mask",
     "merge",
+    "plan",
     "preview_data",
     "profile",
     "select",
@@ -73,6 +77,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from esft.comparing import compare
     from esft.delta_callback import SaveDelta
     from esft.errors import EsftError
     from esft.evaluating import evaluate
@@ -83,6 +88,7 @@ if TYPE_CHECKING:
     from esft.merging import merge, verify
     from esft.moe import inspect
     from esft.official import import_official
+    from esft.planning import plan
     from esft.previewing import preview_data
     from esft.profiling import profile
     from esft.reporting import write_report

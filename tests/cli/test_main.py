@@ -30,6 +30,10 @@ OPTIONS = {
     "--split --config --skip-bad --device --dtype --trust-remote-code --json",
     "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
     "--group --layers --random --random-from --json",
+    "compare": "recipe --out --methods --seeds --learning-rates --sweep --jobs --set --dry-run "
+    "--trust-remote-code --json",
+    "plan": "recipe --data --method --selection --scores --set --memory --processes --load-in "
+    "--probe --device --trust-remote-code --json",
     "train": "recipe --out --data --eval --test --method --selection --metric --p --steps --lr "
     "--set --skip-bad --deterministic --resume --device --trust-remote-code --json",
     "merge": "base deltas --out --on-conflict --json",
