@@ -212,11 +212,16 @@ def test_a_profile_and_its_selection(tmp_path: Path) -> None:
     reported.save_profile(tmp_path / "profile")
     selection = reported.selection()
     written = esft.write_report(tmp_path / "profile")
-    rows = _Tables(written.html).tables["Selected experts"]
+    tables = _Tables(written.html).tables
+    rows, layers = tables["Selected experts"], tables["Routing of each layer"]
     scores = reported.scores()
     for row, (layer, ids) in zip(rows, selection.experts.items(), strict=True):
         held = 100 * sum(scores.layers[layer].token[expert] for expert in ids)
         assert row == [str(layer), f"{held:.1f} %", ", ".join(map(str, ids))]
+        gate = scores.layers[layer].gate
+        best = max(range(len(gate)), key=gate.__getitem__)
+        (routing,) = (row for row in layers if row[0] == str(layer))
+        assert routing[6] == f"{100 * gate[best] / sum(gate):.1f} % (expert {best})"
     with open(written.figures / "experts-token.csv", newline="") as file:
         outlined = {
             (int(row["layer"]), int(row["expert"]))

@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from esft.report.chart import Chart
 
+_PROSE = 24  # letters; what is longer is a sentence, which may go on in the next line
+_UPRIGHT = 106  # letters across a sheet of paper
 _NUMBER = re.compile(r"[-+−±<>≤≥~]?\s?\d")
 
 
@@ -83,9 +85,10 @@ class Cell:
     href: str | None = None
 
     @property
-    def full_text(self) -> str:
-        """All of it, as one line of plain text."""
-        return " ".join((f"{self.text}{self.mark}", *self.details))
+    def breadth(self) -> int:
+        """The letters that it needs side by side on paper, where a link's target is told."""
+        lines = (f"{self.text}{self.mark}", *self.details)
+        return min(max(map(len, lines)), _PROSE) + len(self.href or "")
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,15 @@ class Table:
 
     @property
     def wide(self) -> bool:
-        """Whether it needs a sheet of paper turned."""
-        return len(self.columns) > 9
+        """Whether it needs a sheet of paper turned; by its letters, so roughly."""
+        columns = zip(*self.rows, strict=True)
+        return sum(max(cell.breadth for cell in column) + 2 for column in columns) > _UPRIGHT
 
     @property
     def prose(self) -> list[bool]:
         """Per column, whether it holds sentences, which need room."""
         return [
-            max((len(row[place].text) for row in self.rows), default=0) > 24
+            max((len(row[place].text) for row in self.rows), default=0) > _PROSE
             for place in range(len(self.columns))
         ]
 

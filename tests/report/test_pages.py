@@ -5,9 +5,10 @@ Needs a Chromium; `.ci/run` fetches one where it can.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,29 +34,34 @@ def browser() -> Iterator[browsers.Browser]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("reports")
-    for kind, save in {
+def page(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the report of a kind, made when it is first asked for."""
+    save = {
         "comparison": reported.save_comparison,
         "run": reported.save_run,
         "profile": reported.save_profile,
-    }.items():
-        save(folder / kind)
-        save(folder / f"hostile-{kind}", hostile=True)
-    return {path.name: esft.write_report(path).html for path in folder.iterdir()}
+    }
+
+    @functools.cache
+    def made(kind: str, hostile: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        save[kind](folder, hostile=hostile)
+        return esft.write_report(folder).html
+
+    return made
 
 
 @pytest.mark.parametrize(("width", "dark"), SCREENS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_page_on_a_screen(
-    kind: str, width: int, dark: bool, browser: browsers.Browser, pages: dict[str, Path]
+    kind: str, width: int, dark: bool, browser: browsers.Browser, page: Callable[..., Path]
 ) -> None:
-    with browser.open(pages[kind], width=width, dark=dark) as tab:
-        _asks_for_nothing(tab, pages[kind])
+    with browser.open(page(kind), width=width, dark=dark) as tab:
+        _asks_for_nothing(tab, page(kind))
         _is_not_cut(tab, width)
-        _has_its_pictures(tab, pages[kind].parent / "figures", width)
+        _has_its_pictures(tab, page(kind).parent / "figures", width)
         _stands_out(tab, dark=dark)
-        _is_well_formed(tab, pages[kind].parent)
+        _is_well_formed(tab, page(kind).parent)
 
 
 def _asks_for_nothing(tab: browsers.Tab, page: Path) -> None:
@@ -115,12 +121,15 @@ def _is_well_formed(tab: browsers.Tab, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_page_on_paper(kind: str, browser: browsers.Browser, pages: dict[str, Path]) -> None:
-    with browser.open(pages[kind], width=PAPER, dark=True) as tab:
+def test_a_page_on_paper(kind: str, browser: browsers.Browser, page: Callable[..., Path]) -> None:
+    with browser.open(page(kind), width=PAPER, dark=True) as tab:
         pdf = tab.pdf()
         sheets = len(re.findall(rb"/Type /Page\b", pdf))
         assert pdf.startswith(b"%PDF")
         assert 1 <= sheets <= 1 + tab.height // 500
+        across = [float(size) for size in re.findall(rb"/MediaBox \[0 0 ([\d.]+)", pdf)]
+        assert min(across) == pytest.approx(595, abs=2)  # points, of A4
+        assert (max(across) > 800) == tab.value("document.querySelector('.wide.table') != null")
         tab.as_printed()
         for wide, width in tab.value(_PRINTED):
             assert width <= (PAPER_TURNED if wide else PAPER)
@@ -144,12 +153,12 @@ def test_the_check_of_contrast_sees_pale_letters(browser: browsers.Browser, tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_are_text_whatever_is_in_them(
-    kind: str, browser: browsers.Browser, pages: dict[str, Path]
+    kind: str, browser: browsers.Browser, page: Callable[..., Path]
 ) -> None:
-    with browser.open(pages[f"hostile-{kind}"]) as tab:
+    with browser.open(page(kind, hostile=True)) as tab:
         assert tab.complaints() == []
         assert [url for url in tab.requests() if not url.startswith("data:")] == [
-            pages[f"hostile-{kind}"].as_uri()
+            page(kind, hostile=True).as_uri()
         ]
         assert tab.value("document.querySelectorAll('script, img, [onerror]').length") == 0
         assert tab.value("document.title") not in ("owned", "1")
