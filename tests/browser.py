@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
+NAMES = ("google-chrome-stable", "google-chrome", "chromium", "chromium-browser", "chrome")
 _OPTIONS = (
     "--headless",
     "--no-sandbox",  # root in a container cannot have one
@@ -149,8 +149,8 @@ class Tab:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._send(f"{domain}.enable")
         self._window(width, 800)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._send("Emulation.setEmulatedMedia", features=[scheme])
+        self._scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._send("Emulation.setEmulatedMedia", features=[self._scheme])
         self._send("Page.navigate", url=file.resolve().as_uri())
         browser.wait_for("Page.loadEventFired", session)
         # The whole page in one window: nothing is out of sight, and a picture shows all of it.
@@ -199,7 +199,7 @@ class Tab:
 
     def as_printed(self) -> None:
         """Show the page as paper would, from here on."""
-        self._send("Emulation.setEmulatedMedia", media="print")
+        self._send("Emulation.setEmulatedMedia", media="print", features=[self._scheme])
 
     def _events(self, method: str) -> list[dict[str, Any]]:
         return [
