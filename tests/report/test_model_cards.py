@@ -35,7 +35,9 @@ tags: [not-ours]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny(tmp_path_factory.mktemp("private") / "my-base", "qwen3_moe")
+    """A base in a folder as the hub's client makes it: the hub has it, too."""
+    place = tmp_path_factory.mktemp("private") / "models--owner--my-base" / "snapshots" / "0123abc"
+    folder = save_tiny(place, "qwen3_moe")
     (folder / "README.md").write_text(BASE_CARD)
     return folder
 
@@ -43,8 +45,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("secret-place")
-    rows = [{"prompt": f"{n}:", "completion": "abcdef"[n % 6]} for n in range(12)]
-    for name in ("train.jsonl", "test|1.jsonl"):
+    for first, name in ((0, "train.jsonl"), (12, "test|1.jsonl")):
+        numbers = range(first, first + 12)
+        rows = [{"prompt": f"{n}:", "completion": "abcdef"[n % 6]} for n in numbers]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -92,10 +95,11 @@ def test_the_metadata_of_a_delta(runs: dict[str, RunResult], method: str) -> Non
     assert "not-ours" not in found.tags
     assert found.pipeline_tag == "text-generation"
     assert (found.license, found.license_name) == ("other", "tiny-licence")
-    # A folder is no place that others could look for the base, or its licence, in.
-    assert not {"base_model", "base_model_relation", "license_link", "datasets"} & set(
-        found.to_dict()
-    )
+    assert found.license_link == "https://huggingface.co/owner/my-base/blob/main/LICENSE"
+    assert found.base_model == "owner/my-base"
+    relation = "finetune" if method == "full" else "adapter"
+    assert found.to_dict()["base_model_relation"] == relation
+    assert "datasets" not in found.to_dict()
     assert found.eval_results is not None
     (score,) = found.eval_results
     assert run.test is not None
@@ -159,7 +163,7 @@ def test_the_snippets_of_a_card_run(
     monkeypatch.chdir(tmp_path)
     text = card_of(runs[method].delta).text
     (shell,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    places = {"BASE": str(base), "DELTA": str(runs[method].delta), "MERGED": "merged"}
+    places = {"owner/my-base": str(base), "DELTA": str(runs[method].delta), "MERGED": "merged"}
     words = [places.get(word, word) for word in shell.split()]
     assert words[0] == "esft"
     result = command(*words[1:])
@@ -179,7 +183,11 @@ def test_a_merge_s_card(runs: dict[str, RunResult], base: Path, tmp_path: Path) 
     card = card_of(merged)
     assert card.data.library_name == "transformers"
     assert card.data.license == "other"
-    assert "# my-base, specialised" in card.text
+    assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == (
+        "owner/my-base",
+        "finetune",
+    )
+    assert "# owner/my-base, specialised" in card.text
     assert "and 2 deltas" in card.text
     for method in ("esft", "random"):
         assert f"| delta | {method} | 6 in 3 layers | 2 | train.jsonl | esft 0." in card.text
@@ -254,7 +262,10 @@ def test_what_is_shown_of_a_path() -> None:
     assert shown_path(str(shipped)) == "tiny-moe:tasks/dates/train.jsonl"
     assert shown_path("/home/me/rows.jsonl") == "rows.jsonl"
     assert shown_path("owner/name") == "owner/name"
-    assert describe_base("/home/me/base", None, None).argument == "BASE"
+    folder = describe_base("/home/me/base", None, "QwenForCausalLM")
+    assert (folder.name, folder.argument) == ("base", "BASE")
+    # A folder is no place that others could look for the base in.
+    assert folder.metadata("adapter") == {"pipeline_tag": "text-generation"}
     assert describe_base("tiny-moe", None, None).argument == "tiny-moe"
     assert yaml.safe_load(cell("a")) == "a"
     assert cell("a|b\n`c`\\") == "a\\|b \\`c\\`\\\\"
