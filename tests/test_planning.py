@@ -155,6 +155,17 @@ def test_gradient_checkpointing_and_fewer_rows_need_less(folder: Path) -> None:
         assert case.memory.activations < 0.8 * usual
 
 
+def test_accumulated_gradients_are_there_while_the_next_batch_is_computed(folder: Path) -> None:
+    keys: dict[str, Any] = {"method": "full", "data": {"max_length": 256}}
+    once, twice = (
+        plan(folder, training={"gradient_accumulation_steps": n}, **dict(keys)).many.memory
+        for n in (1, 2)
+    )
+    assert once.training is not None
+    assert twice.training is not None
+    assert 0.3 * once.gradients < twice.training - once.training <= once.gradients
+
+
 def test_what_would_make_it_fit(folder: Path) -> None:
     keys: dict[str, Any] = {
         "routing_drift": False,
