@@ -45,7 +45,10 @@ def report(
     if json:
         output.print_json(written.to_dict())
         return
-    console = output.console()
-    console.print(f"report on a {written.kind}: {written.html}", markup=False)
-    console.print(f"as Markdown: {written.markdown}", markup=False)
-    console.print(f"{written.pictures} pictures with their numbers: {written.figures}", markup=False)
+    lines = (
+        f"report on a {written.kind}: {written.html}",
+        f"as Markdown: {written.markdown}",
+        f"{written.pictures} pictures with their numbers: {written.figures}",
+    )
+    for line in lines:
+        output.console().print(line, markup=False, soft_wrap=True)

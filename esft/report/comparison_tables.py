@@ -15,8 +15,7 @@ from esft.comparison.claims import Finding as Judged
 from esft.comparison.gathering import log_file
 from esft.comparison.methods import METHODS
 from esft.comparison.records import Comparison, RunRecord
-from esft.report.numerals import count, duration, share
-from esft.report.numerals import rate as rate_text
+from esft.report.numerals import count, duration, rate, share
 from esft.report.page import Cell, Finding, Table
 
 _NOTHING = "–"
@@ -69,14 +68,10 @@ def methods_table(comparison: Comparison) -> Table:
     for method in comparison.methods:
         records = [r for r in comparison.records if r.method == method and not r.sweep]
         rates = sorted({record.learning_rate for record in records})
-        cells = [
-            method,
-            _description(comparison, method),
-            ", ".join(rate_text(rate) for rate in rates),
-        ]
+        cells = [method, _description(comparison, method), ", ".join(map(rate, rates))]
         for task in comparison.tasks:
             chosen = {r.learning_rate for r in records if r.task == task and r.chosen}
-            cells.append(", ".join(rate_text(rate) for rate in sorted(chosen)) or _NOTHING)
+            cells.append(", ".join(map(rate, sorted(chosen))) or _NOTHING)
         rows.append([Cell(text) for text in cells])
     notes = [
         "All methods learn from the same rows, in the same batches and order. A learning rate is "
@@ -129,7 +124,7 @@ def runs_table(comparison: Comparison, folder: Path, out: Path) -> Table:
     columns += [comparison.metric.replace("_", " "), "general loss", "trained", "time", "state"]
     rows = []
     for number, record in enumerate(comparison.records, start=1):
-        cells = [record.task, record.method, rate_text(record.learning_rate), str(record.seed)]
+        cells = [record.task, record.method, rate(record.learning_rate), str(record.seed)]
         if swept:
             cells.append(", ".join(f"{k} {v:g}" for k, v in record.sweep.items()) or _NOTHING)
         cells += [*_results(record, comparison.metric), _state(record)]
@@ -149,7 +144,7 @@ def failed_table(comparison: Comparison, folder: Path, out: Path) -> Table | Non
             _run(number, record, folder, out),
             *map(
                 Cell,
-                (record.task, record.method, rate_text(record.learning_rate), str(record.seed)),
+                (record.task, record.method, rate(record.learning_rate), str(record.seed)),
             ),
             Cell(record.error),
         ]
