@@ -30,7 +30,7 @@ def known(share: float) -> Iterator[None]:
 @contextmanager
 def _places_computed() -> Iterator[None]:
     # Which numbers of a stack are whose on disk: small tensors, which are made and read for real.
-    names = ("layer_parts", "_spot", "_turned")
+    names = ("layer_parts", "_spot")
     usual = {name: getattr(low_rank, name) for name in names}
 
     def for_real(function: Callable[..., Any]) -> Callable[..., Any]:
