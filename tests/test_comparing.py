@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import esft
+from esft.comparing import planned
 from esft.comparison.records import Comparison, RunRecord, read_comparison
 from esft.errors import DataError, EsftError, OutputError, RecipeError
 from tests.checkpoints import save_tiny
@@ -64,6 +65,7 @@ def recipe(material: Path, **compare: Any) -> dict[str, Any]:
             "eval_on_start": True,
         },
         "compare": {
+            "tasks": {"letters": {}},
             "methods": ["esft-token", "full"],
             "learning_rates": RATES,
             "seeds": SEEDS,
@@ -98,7 +100,7 @@ def test_every_rate_is_tried_with_the_first_seed_and_the_chosen_one_with_all(
         rest = [(run.learning_rate, run.seed) for run in runs if run.seed != SEEDS[0]]
         assert rest == [(best, SEEDS[1])]
         assert all(run.chosen == (run.learning_rate == best) for run in runs)
-        assert len(found.of("train", method) or found.of(found.tasks[0], method)) == len(SEEDS)
+        assert len(found.of("letters", method)) == len(SEEDS)
 
 
 def test_the_record_says_what_evaluating_the_delta_says(
@@ -296,7 +298,7 @@ def test_other_data_are_refused_in_the_same_folder(
     other = recipe(material)
     _rows(tmp_path / "train.jsonl", 1, 25)
     other["data"]["train"] = str(tmp_path / "train.jsonl")
-    with pytest.raises(EsftError, match="the data of task train have changed"):
+    with pytest.raises(EsftError, match="the data of task letters have changed"):
         esft.compare(other, out)
 
 
@@ -332,18 +334,18 @@ def test_a_sweep_trains_every_value_with_every_seed_at_the_chosen_rate(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ["esft-tokn"]}, "did you mean esft-token"),
+        ({"methods": ["esft-tokn"]}, 'did you mean "esft-token'),
         ({"methods": ["full", "full"]}, "full is given twice"),
         ({"methods": ["../full"]}, "cannot be the name of a folder"),
         ({"methods": []}, "names no method"),
         ({"methods": {"mine": {"training": {"max_steps": 3}}}}, "like:"),
-        ({"methods": {"full": {"lora": {"r": 4}}}}, "method full, task train: lora"),
+        ({"methods": {"full": {"lora": {"r": 4}}}}, "method full, task letters: lora"),
         ({"seeds": []}, "compare.seeds"),
         ({"seeds": [1, 1]}, "a value is given twice"),
         ({"learning_rates": [0.0]}, "compare.learning_rates"),
         ({"learning_rates": []}, "give the learning rates to try"),
-        ({"sweeep": {}}, "did you mean sweep"),
-        ({"sweep": {"P": [0.1]}}, "cannot be swept; did you mean p"),
+        ({"sweeep": {}}, 'did you mean "sweep'),
+        ({"sweep": {"P": [0.1]}}, "cannot be swept; there are p, rank"),
         ({"sweep": {"p": []}}, "give one or more values"),
         ({"sweep": {"rank": [8]}}, "no method of this comparison has it"),
         ({"sweep": {"top_n": [1.5]}}, "whole numbers"),
@@ -371,6 +373,13 @@ def test_rows_that_choose_and_rows_that_judge_are_both_needed(
             del asked["training"][key]
     with pytest.raises(RecipeError, match=message):
         esft.compare(asked, tmp_path / "out")
+
+
+def test_without_tasks_the_only_one_is_named_after_its_rows(material: Path) -> None:
+    asked = recipe(material, tasks={})
+    assert {run.task for run in planned(asked)["grid"]} == {material.name}
+    asked["data"]["train"] = {"path": str(material / "test.jsonl")}
+    assert {run.task for run in planned(asked)["grid"]} == {"test"}
 
 
 def test_damage_is_told_from_a_comparison(tmp_path: Path) -> None:

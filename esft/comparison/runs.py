@@ -165,8 +165,8 @@ class Planner:
             return [method_keys(entry.get("like", name)), own]
         except RecipeError as error:
             raise RecipeError(
-                f"{self._place('methods')}: {error}; a method of your own needs like: (one of "
-                f"them) or method:"
+                f"{self._place('methods')}: {error} (one of your own needs like: and a method's "
+                f"name, or method:)"
             ) from None
 
     def _merged(self, task: str, method: str) -> dict[str, Any]:
