@@ -110,8 +110,8 @@ def selected_share(
         picture.rows += [(layer, *pair) for layer, pair in sums.items()]
         picture.key("before training", **_hollow(colour))
         picture.key("after training", **_full(colour))
+        axes.margins(x=0.06, y=0.15)  # first: a limit ends the scaling, and cuts markers in half
         axes.set_ylim(bottom=0)
-        axes.margins(x=0.06)
         whole_axis(axes)
         axes.set_xlabel("layer")
         name_axis(axes, "% of the layer")
