@@ -179,7 +179,9 @@ def test_the_snippets_of_a_card_run(
 
 def test_a_merge_s_card(runs: dict[str, RunResult], base: Path, tmp_path: Path) -> None:
     deltas = [runs["esft"].delta, runs["random"].delta]
-    merged = esft.merge(base, deltas, tmp_path / "merged", on_conflict="last")
+    # The base is called what it was called when the deltas were made.
+    shutil.copytree(base, tmp_path / "elsewhere")
+    merged = esft.merge(tmp_path / "elsewhere", deltas, tmp_path / "merged", on_conflict="last")
     card = card_of(merged)
     assert card.data.library_name == "transformers"
     assert card.data.license == "other"
