@@ -1,7 +1,9 @@
 """Programs that hang, fork, allocate, write, print and connect, each a real process."""
 
 import os
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -139,6 +141,17 @@ def test_there_is_no_network() -> None:
         assert not passes(connect)
         socket.create_connection(("127.0.0.1", port)).close()  # it was there
         taken.join(10)
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-Urn", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="the kernel lets nobody here have a network namespace",
+)
+def test_there_are_no_interfaces_either() -> None:
+    """Landlock knows connections of TCP only."""
+    assert passes("import socket", "assert [n for _, n in socket.if_nameindex()] in ([], ['lo'])")
 
 
 @linux
