@@ -70,7 +70,8 @@ def here(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["BASE", "--data", "../bad/good.jsonl", "--p", "1.5"], "error: --p: p must be above 0"),
         (
             ["BASE", "--data", "../bad/good.jsonl", "--method", "esfft"],
-            "error: --method: input should be 'esft', 'random', 'lora' or 'full' (got 'esfft')",
+            "error: --method: input should be 'esft', 'random', 'lora', 'hot-lora' or 'full' "
+            "(got 'esfft')",
         ),
         (
             ["BASE", "--data", "../bad/good.jsonl", "--metric", "tokens"],
