@@ -23,7 +23,7 @@ from esft.report.page import (
 # What would begin or end a construct within a line. `&` and `<` would begin an entity or a tag.
 _ACTIVE = re.compile(r"([\\`*_\[\]|~$])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-_AT_START = re.compile(r"^(\s*)(#|[-+](?=\s)|\d+(?=[.)]\s))")
+_AT_START = re.compile(r"^(\d*)(#|[+-](?=[\s+-]|$)|(?<=\d)[.)](?=\s|$))")
 
 
 def page_markdown(page: Page) -> str:
