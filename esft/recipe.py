@@ -69,6 +69,10 @@ def make_recipe(
     places = places or Places()
     changed = overridden(value, overrides, places=places, folder=folder)
     make_paths_absolute(changed, Path.cwd())
+    if "compare" in changed:
+        raise RecipeError(
+            f"{places.of(('compare',))}: this recipe is for several methods; esft compare takes it"
+        )
     try:
         recipe = Recipe.model_validate(changed)
     except ValidationError as error:

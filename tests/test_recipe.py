@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from esft.comparison.runs import Planner
+from esft.comparison.spec import as_compare_recipe
 from esft.errors import EsftError, RecipeError
 from esft.locating import TINY_MOE_FOLDER
 from esft.recipe import (
@@ -413,6 +415,15 @@ def test_every_training_field_of_the_repository_s_recipes_is_known() -> None:
     recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
+        if path.stem == "compare":  # has more than one method
+            assert Planner(as_compare_recipe(path)).methods
+        else:
+            read_recipe(path)
+
+
+def test_a_recipe_for_several_methods_says_so() -> None:
+    path = Path(__file__).parents[1] / "recipes" / "compare.yaml"
+    with pytest.raises(RecipeError, match=r"compare\.yaml:\d+: compare: .*esft compare takes it"):
         read_recipe(path)
 
 
