@@ -1,7 +1,8 @@
 """The paper's comparison on the model that ships: runs it, and keeps what it found in `results/`.
 
-python examples/reproduce/reproduce.py --jobs 2     # four tasks, three seeds: up to two hours
-python examples/reproduce/reproduce.py --short      # one task, one seed: minutes; keeps nothing
+python examples/reproduce/reproduce.py --jobs 2        # four tasks, three seeds: up to two hours
+python examples/reproduce/reproduce.py why --jobs 2    # more steps, more experts: ten minutes
+python examples/reproduce/reproduce.py --short         # one task, one seed: minutes; keeps nothing
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import esft
 from esft.comparison.spec import as_compare_recipe
+from esft.locating import TINY_MOE_FOLDER
 from esft.progress import ConsoleReporter
 
 HERE = Path(__file__).parent
@@ -29,27 +31,30 @@ SHORT = [
 
 
 def main() -> None:
-    """Run the comparison, write its report, and copy what is small into `results/`."""
+    """Run a comparison, write its report, and keep what is small."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/reproduce"))
+    parser.add_argument("recipe", nargs="?", default="compare", choices=["compare", "why"])
+    parser.add_argument("--out", type=Path, help="build/reproduce-RECIPE unless given")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--short", action="store_true", help="one task, one seed, a few steps")
     options = parser.parse_args()
-    recipe = as_compare_recipe(HERE / "compare.yaml", SHORT if options.short else [])
-    esft.compare(recipe, options.out, jobs=options.jobs, reporter=ConsoleReporter())
-    report = esft.write_report(options.out)
-    print(report.html)
+    out = options.out or Path("build") / f"reproduce-{options.recipe}"
+    file = HERE / f"{options.recipe}.yaml"
+    recipe = as_compare_recipe(file, SHORT if options.short else [])
+    esft.compare(recipe, out, jobs=options.jobs, reporter=ConsoleReporter())
+    print(esft.write_report(out).html)
     if not options.short:
-        keep(options.out, HERE / "results")
+        keep(out, HERE / "results" / options.recipe)
 
 
 def keep(out: Path, results: Path) -> None:
-    """Copy what every run measured and the report as Markdown, without the runs themselves."""
-    results.mkdir(exist_ok=True)
-    for name in ("comparison.json", "report.md"):
-        shutil.copyfile(out / name, results / name)
-    shutil.rmtree(results / "figures", ignore_errors=True)
-    shutil.copytree(out / "figures", results / "figures")
+    """Keep what every run measured, and the report as Markdown; its links lead to the runs."""
+    report = esft.write_report(out, results)
+    report.html.unlink()
+    shutil.copyfile(out / "comparison.json", results / "comparison.json")
+    for file in (report.markdown, results / "comparison.json"):
+        text = file.read_text(encoding="utf-8")  # where this machine has the model is no result
+        file.write_text(text.replace(f"{TINY_MOE_FOLDER}/", "tiny-moe:"), encoding="utf-8")
 
 
 if __name__ == "__main__":
