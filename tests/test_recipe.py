@@ -421,6 +421,12 @@ def test_every_training_field_of_the_repository_s_recipes_is_known() -> None:
             read_recipe(path)
 
 
+def test_validation_rows_are_named_or_set_aside_not_both() -> None:
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "eval_rows": 4}
+    with pytest.raises(RecipeError, match=r"data\.eval_rows: data\.eval names validation rows"):
+        make_recipe({"model": "m", "data": data})
+
+
 def test_a_recipe_for_several_methods_says_so() -> None:
     path = Path(__file__).parents[1] / "recipes" / "compare.yaml"
     with pytest.raises(RecipeError, match=r"compare\.yaml:\d+: compare: .*esft compare takes it"):

@@ -48,7 +48,8 @@ _CARD = """\
 {% endif -%}
 | size of the delta | {{ "{:,}".format(result.delta_bytes) }} bytes |
 {% if result.evaluation -%}
-| exact match on `{{ recipe.data.sources("eval") | map(attribute="path") | join("`, `") }}` \
+| exact match on {% if recipe.data.eval_rows %}{{ recipe.data.eval_rows }} training rows set aside\
+{% else %}`{{ recipe.data.sources("eval") | map(attribute="path") | join("`, `") }}`{% endif %} \
 | {{ "%.3f" % result.evaluation.exact_match }} |
 | loss there | {{ "%.4f" % result.evaluation.loss }} |
 {% endif %}

@@ -192,3 +192,26 @@ def test_an_end_that_the_template_lacks_is_put_there_where_asked_for(tmp_path: P
         prepare(DataSpec(train=train), tokenizer)
     data = prepare(DataSpec(train=train, append_eos=True, packing=False), tokenizer)
     assert learnt(data, 0) == "assistant </s>"
+
+
+def test_rows_set_aside_are_scored_and_not_learnt(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}=", "completion": str(n)} for n in range(20)]
+    train = write(tmp_path / "train.jsonl", *rows)
+    whole = said(prepared(train=train))
+    data = prepared(train=train, eval_rows=6)
+    aside = [TOKENIZER.decode(example.input_ids) for example in data.eval.examples]
+    learnt_now = said(data)
+    assert len(aside) == 6
+    assert [text for text in whole if text in aside] == aside
+    assert [text for text in whole if text not in aside] == learnt_now
+    assert len(data.rows) == 14  # profiling does not see them either
+    again = prepared(train=train, eval_rows=6)
+    assert said(again) == learnt_now
+    other = prepared(train=train, eval_rows=6, seed=1)
+    assert said(other) != learnt_now
+
+
+def test_some_rows_must_be_left_to_learn(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", *[{"prompt": "a", "completion": "b"}] * 3)
+    with pytest.raises(DataError, match="data.eval_rows: 3 of 3 training rows"):
+        prepared(train=train, eval_rows=3)
