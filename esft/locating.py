@@ -15,8 +15,8 @@ TINY_MOE_FOLDER = Path(__file__).parent / "tiny_moe"
 _SHIPPED = f"{TINY_MOE}:"  # before the path of a file that ships with the model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# What a checkpoint needs to be loaded; pickled weights are never fetched. The licence in its card is
-# taken over by the cards of deltas and merges.
+# What a checkpoint needs to be loaded; pickled weights are never fetched. The licence in its card
+# is taken over by the cards of deltas and merges.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*", "LICENSE*"]
 _HUB_FILES += ["README.md"]
 # The same weights once more, in the layout of their maker's own code.

@@ -118,7 +118,7 @@ def mutable(material: Material, tmp_path_factory: pytest.TempPathFactory) -> lis
 def test_s7_two_thousand_mutations(
     kind: int, mutations: list[Mutation], swap: bool, mutable: list[Path], material: Material
 ) -> None:
-    """In one file, in several, compressed, or as factors; each as it was once the example is over."""
+    """In one file, in several, compressed, or as factors; all as they were after the example."""
     folder, base = mutable[kind], open_checkpoint(material.base)
     original = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     names = list(original)

@@ -213,5 +213,5 @@ def test_rows_set_aside_are_scored_and_not_learnt(tmp_path: Path) -> None:
 
 def test_some_rows_must_be_left_to_learn(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", *[{"prompt": "a", "completion": "b"}] * 3)
-    with pytest.raises(DataError, match="data.eval_rows: 3 of 3 training rows"):
+    with pytest.raises(DataError, match=r"data\.eval_rows: 3 of 3 training rows"):
         prepared(train=train, eval_rows=3)
