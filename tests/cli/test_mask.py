@@ -35,7 +35,9 @@ def test_json(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     ).to_dict()
     assert printed == found
     assert (printed["top"], printed["metric"], len(printed["random"])) == (3, "gate", 2)
-    assert printed["whole"] == esft_json("eval", checkpoint, "--data", data)
+    evaluated = esft_json("eval", checkpoint, "--data", data)
+    assert evaluated.pop("scores").keys() == {"exact_match"}
+    assert printed["whole"] == evaluated
 
 
 def test_table(checkpoint: Path, data: Path) -> None:

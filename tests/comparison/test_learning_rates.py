@@ -62,3 +62,10 @@ def test_the_first_metric_counts_unless_another_is_named() -> None:
 def test_without_an_evaluation_there_is_no_choice(records: list[RunRecord]) -> None:
     with pytest.raises(EsftError, match="no learning rate can be chosen"):
         choose_learning_rate(records)
+
+
+def test_of_rates_as_good_as_the_best_within_a_tolerance_the_lowest_is_taken() -> None:
+    runs = [_run(1e-4, 0, 0.90), _run(1e-3, 0, 0.93), _run(1e-2, 0, 0.94)]
+    assert choose_learning_rate(runs) == 1e-2
+    assert choose_learning_rate(runs, tolerance=0.02) == 1e-3
+    assert choose_learning_rate(runs, tolerance=0.05) == 1e-4
