@@ -2,8 +2,8 @@
 
     python examples/reproduce/rates.py examples/reproduce/results/compare
 
-Prints a Markdown table: general loss above the base's, in nats a token, when the runs with the first
-seed first reach 50 % and 80 % on the validation rows; a dash where they do not.
+Prints a Markdown table: general loss above the base's, in nats a token, when the runs with the
+first seed first reach 50 % and 80 % on the validation rows; a dash where they do not.
 """
 
 from __future__ import annotations
