@@ -331,6 +331,32 @@ def test_a_sweep_trains_every_value_with_every_seed_at_the_chosen_rate(
     assert len(found.of(found.tasks[0], "esft-token")) == len(SEEDS)
 
 
+def test_what_is_swept_reaches_the_recipes_of_the_methods_that_have_it(material: Path) -> None:
+    methods = ["esft-token", "random", "lora", "lora-matched", "hot-lora", "full", "all-experts"]
+    values = {"p": [0.05, 0.4], "rank": [2, 16], "sample_tokens": [32, 64], "group": [2]}
+    swept = planned(recipe(material, methods=methods, sweep=values, seeds=[0]))["sweep"]
+    reached: dict[str, dict[str, list[Any]]] = {key: {} for key in values}
+    for run in swept:
+        ((key, value),) = run.sweep.items()
+        selection, lora = run.recipe.selection, run.recipe.lora
+        assert not isinstance(selection, str)
+        found = {
+            "p": selection and selection.p,
+            "rank": lora and lora.r,
+            "sample_tokens": selection and selection.tokens,
+            "group": selection and selection.group,
+        }[key]
+        assert found == value
+        reached[key].setdefault(run.method, []).append(value)
+    selecting = ("esft-token", "random", "hot-lora")
+    assert reached == {
+        "p": {name: [0.05, 0.4] for name in selecting},
+        "rank": {"lora": [2, 16], "hot-lora": [2, 16]},
+        "sample_tokens": {name: [32, 64] for name in selecting},
+        "group": {name: [2] for name in selecting},
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -86,6 +86,4 @@ def swept(key: str, value: int | float, keys: Mapping[str, Any]) -> dict[str, An
     inner = {**(keys.get(section) or {}), name: value}
     if key == "top_n":  # in place of a share
         inner.pop("p", None)
-    if key == "rank" and "alpha" not in (keys.get("lora") or {}):
-        inner["alpha"] = 2 * int(value)  # as 16 is to 8: a rank's scale stays the same
     return {**keys, section: inner}
