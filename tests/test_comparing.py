@@ -123,6 +123,23 @@ def test_the_record_says_what_evaluating_the_delta_says(
     assert run.outcome.delta_bytes == weights
 
 
+def test_only_deltas_of_chosen_rates_are_kept(compared: tuple[Path, Comparison]) -> None:
+    out, found = compared
+    for run in found.records:
+        assert (out / run.folder / "delta").is_dir() == run.chosen
+        assert (out / run.folder / "result.json").is_file()
+
+
+def test_no_delta_is_kept_where_none_is_wanted(material: Path, tmp_path: Path) -> None:
+    asked = recipe(
+        material, methods=["esft-token"], learning_rates=[1e-2], seeds=[0], keep_deltas="none"
+    )
+    (run,) = esft.compare(asked, tmp_path / "out").records
+    assert run.outcome is not None
+    assert run.outcome.delta_bytes > 0
+    assert not (tmp_path / "out" / run.folder / "delta").exists()
+
+
 def test_the_base_is_scored_without_any_delta(
     compared: tuple[Path, Comparison], material: Path
 ) -> None:
