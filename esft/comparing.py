@@ -29,7 +29,7 @@ from esft.run import lock
 from esft.run.folder import CHECKPOINTS, DELTA, RECIPE, RESULT
 from esft.run.guard import differences, recipe_identity
 from esft.run.interruption import Interrupted, interruptible
-from esft.run.task_data import data_identity
+from esft.run.task_data import data_identity, general_identity
 
 COMPARE, BASE, INPUTS = "compare.yaml", "base", "inputs.json"
 
@@ -91,7 +91,10 @@ class _Compared:
             task: self.planner.grid(task, self.planner.methods[0])[0].recipe
             for task in self.planner.tasks
         }
-        inputs = {task: data_identity(first.data) for task, first in self.first.items()}
+        inputs = {
+            task: data_identity(first.data) | {"general": general_identity(first.evaluation)}
+            for task, first in self.first.items()
+        }
         self._check_folder(inputs)
         write_text(out / COMPARE, to_yaml(recipe.to_dict()))
         write_json(out / INPUTS, inputs)

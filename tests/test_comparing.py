@@ -319,6 +319,30 @@ def test_other_data_are_refused_in_the_same_folder(
         esft.compare(other, out)
 
 
+def test_other_domains_are_refused_in_the_same_folder(
+    compared: tuple[Path, Comparison], material: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(compared[0], out)
+    shutil.copytree(material / "general", tmp_path / "general")
+    other = recipe(material)
+    _rows(tmp_path / "general" / "odd.jsonl", 50, 53)
+    other["evaluation"]["general"] = str(tmp_path / "general")
+    with pytest.raises(EsftError, match=r"data of task letters have changed(.|\n)*general"):
+        esft.compare(other, out)
+
+
+def test_every_method_that_selects_draws_its_sample_by_the_seed(material: Path) -> None:
+    methods = ["esft-token", "random", "hot-lora", "lora-matched", "lora", "full"]
+    asked = recipe(material, methods=methods)
+    del asked["selection"]
+    for run in planned(asked)["grid"] + planned(asked)["seeds"]:
+        selection = run.recipe.selection
+        assert not isinstance(selection, str)
+        drawn = None if selection is None else selection.seed
+        assert drawn == (None if run.method in ("lora", "full") else run.seed), run.title
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(material: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("dear diary")
     with pytest.raises(OutputError):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esft.progress import ConsoleReporter, Reporter
+from esft.report import numerals
 
 _result_stream: ContextVar[TextIO | None] = ContextVar("result_stream", default=None)
 
@@ -119,19 +120,12 @@ def count(number: int | None) -> str:
 
 def size(bytes_: int | None) -> str:
     """Format bytes with a decimal unit: 1.2 MB, or `?` where unknown."""
-    if bytes_ is None:
-        return "?"
-    value = float(bytes_)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+    return "?" if bytes_ is None else numerals.size(bytes_)
 
 
 def share(part: float | None) -> str:
     """Format a share as a percentage: 6.6 %, or `?` where unknown."""
-    return "?" if part is None else f"{100 * part:.1f} %"
+    return "?" if part is None else numerals.share(part)
 
 
 def number_or_auto(text: str) -> float | str:

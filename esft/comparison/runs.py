@@ -12,7 +12,7 @@ from esft.comparison.spec import SECTION, CompareRecipe
 from esft.comparison.sweep import applies, swept
 from esft.errors import EsftError, RecipeError
 from esft.recipe import make_recipe
-from esft.recipe_sections import Recipe
+from esft.recipe_sections import Recipe, SelectionSpec
 from esft.run.fields import with_defaults
 
 RUNS = "runs"
@@ -141,10 +141,6 @@ class Planner:
         training = {**(keys.get("training") or {}), "learning_rate": rate}
         training |= {"seed": seed, "data_seed": seed}
         keys = {**keys, "training": training}
-        if isinstance(keys.get("selection"), dict) or keys["method"] in ("esft", "random"):
-            selection = keys.get("selection")
-            if not isinstance(selection, str) and _selects(keys):
-                keys["selection"] = {**(selection or {}), "seed": seed}
         parts = [RUNS, task, method]
         parts += [f"{key}-{value:g}" for key, value in (sweep or {}).items()]
         parts += [f"lr-{rate:g}", f"seed-{seed}"]
@@ -153,6 +149,7 @@ class Planner:
         except EsftError as error:
             raise RecipeError(f"method {method}, task {task}: {error}") from None
         _check_measured(recipe, task)
+        recipe = _sampled(recipe, seed)
         return PlannedRun(task, method, rate, seed, recipe, str(Path(*parts)), dict(sweep or {}))
 
     def _method(self, name: str) -> list[Mapping[str, Any]]:
@@ -179,8 +176,13 @@ class Planner:
         return self._recipe.places.of((SECTION, *key))
 
 
-def _selects(keys: Mapping[str, Any]) -> bool:
-    return (keys.get("train") or {}).get("experts", "selection") == "selection"
+def _sampled(recipe: Recipe, seed: int) -> Recipe:
+    """Return a recipe whose rule, if it has one, draws its sample by a seed: all methods alike."""
+    selects = recipe.selects_experts or recipe.matches_esft
+    if not selects or isinstance(recipe.selection, str):
+        return recipe
+    rule = recipe.selection or SelectionSpec()
+    return recipe.model_copy(update={"selection": rule.model_copy(update={"seed": seed})})
 
 
 def _task_name(base: Mapping[str, Any]) -> str:
