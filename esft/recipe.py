@@ -23,6 +23,7 @@ from esft.recipe_sections import (
     DataSpec,
     EarlyStoppingSpec,
     EvaluationSpec,
+    FrozenSpec,
     LoraSpec,
     LossSpec,
     Recipe,
@@ -177,7 +178,8 @@ def _explain(error: ValidationError, places: Places) -> str:
     first = unknown[0] if unknown else max(same, key=lambda e: len(e["loc"]))
     # pydantic adds these types to the path; keys of a recipe have other names.
     types = {"str", "int", "float", "literal['auto']", "list[str]", "list[union[str,SourceSpec]]"}
-    types |= {"SelectionSpec", "TrainSpec", "LoraSpec", "SourceSpec"}
+    types |= {"SelectionSpec", "TrainSpec", "LoraSpec", "SourceSpec", "FrozenSpec"}
+    types.add("literal['int8','nf4']")
     types.add("dict[str,union[str,SourceSpec]]")
     key = tuple(str(part) for part in first["loc"] if part not in types)
     place = places.of(key)
@@ -187,6 +189,8 @@ def _explain(error: ValidationError, places: Places) -> str:
         return f"{places.of(key[:-1])}: the key {'.'.join(key)} is missing"
     if key == ("selection",):
         return f"{place}: expected a file, or options of esft select (got {first['input']!r})"
+    if key == ("frozen_dtype",):
+        return f"{place}: expected int8, nf4, or one of them a part (got {first['input']!r})"
     if first["type"] == "model_type":
         return f"{place}: expected a mapping of keys (got {first['input']!r})"
     return f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
@@ -201,6 +205,7 @@ def _known(key: Key) -> list[str]:
         ("lora",): LoraSpec,
         ("checkpoints",): CheckpointSpec,
         ("losses",): LossSpec,
+        ("frozen_dtype",): FrozenSpec,
         ("early_stopping",): EarlyStoppingSpec,
     }
     holders = (("data", "train"), ("data", "eval"), ("data", "test"), ("evaluation", "general"))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 
 from esft.errors import RecipeError, SelectionError
-from esft.recipe_sections import LoraSpec, LossSpec, Recipe, SelectionSpec, TrainSpec
+from esft.recipe_sections import (
+    FrozenSpec,
+    LoraSpec,
+    LossSpec,
+    Recipe,
+    SelectionSpec,
+    TrainSpec,
+)
 from esft.recipe_text import Places
 from esft.selection_rule import METRICS, make_rule
 
@@ -41,6 +48,8 @@ def check_together(recipe: Recipe, places: Places) -> None:
             f"{places.of(('selection',))}: method random draws its own experts, as many as a rule "
             f"would pick; give the rule (metric: {' or '.join(METRICS)}, p, ...) instead of a file"
         )
+    if recipe.frozen_dtype is not None:
+        _check_frozen(recipe, places)
     if recipe.losses is not None:
         _check_losses(recipe.losses, places)
     if isinstance(recipe.selection, SelectionSpec):
@@ -138,6 +147,36 @@ def _check_train(recipe: Recipe, train: TrainSpec, places: Places) -> None:
         raise RecipeError(
             f"{experts}: is none, and so nothing would train; turn on one of "
             f"train.{', train.'.join(train.parts)}"
+        )
+
+
+def _check_frozen(recipe: Recipe, places: Places) -> None:
+    place = places.of(("frozen_dtype",))
+    if recipe.method == "full":
+        raise RecipeError(
+            f"{place}: method full trains every weight; there is nothing frozen to store smaller"
+        )
+    if recipe.method == "lora":
+        raise RecipeError(
+            f"{place}: PEFT's adapters need the stacks of experts as ordinary weights; "
+            f"method: hot-lora trains factors of the selected experts over frozen ones in 8 or "
+            f"4 bits"
+        )
+    kinds = recipe.frozen.kinds
+    if not kinds:
+        parts = ", ".join(FrozenSpec.model_fields)
+        raise RecipeError(f"{place}: names no part; give one of {parts}, or int8 or nf4 for all")
+    if isinstance(recipe.frozen_dtype, str) or recipe.train is None:
+        return
+    if "experts" in kinds and recipe.train.experts == "all":
+        raise RecipeError(
+            f"{places.of(('frozen_dtype', 'experts'))}: all experts train (train.experts), and "
+            f"what trains is not quantised"
+        )
+    if "embeddings" in kinds and recipe.train.non_expert_modules:
+        raise RecipeError(
+            f"{places.of(('frozen_dtype', 'embeddings'))}: embeddings train "
+            f"(train.non_expert_modules), and what trains is not quantised"
         )
 
 

@@ -153,6 +153,30 @@ class LoraSpec(_Strict):
         return self.alpha or 2 * rank
 
 
+# How a block of a frozen weight is stored, see docs/frozen-dtype.md.
+_Stored = Literal["int8", "nf4"]
+
+
+class FrozenSpec(_Strict):
+    """In how many bits frozen weights are kept while others train; see docs/frozen-dtype.md.
+
+    Attributes:
+        experts: the routed experts that are not selected; their biases stay.
+        linear: every other linear layer (attention, dense feed-forward networks, shared experts)
+            but the routers and the output head.
+        embeddings: the input embeddings and the output head, tied or not.
+    """
+
+    experts: _Stored | None = None
+    linear: _Stored | None = None
+    embeddings: _Stored | None = None
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each part that is quantised."""
+        return self.model_dump(exclude_none=True)
+
+
 class LossSpec(_Strict):
     """Losses of routers, each by its coefficient; see docs/losses.md. 0 is off."""
 
@@ -204,6 +228,7 @@ class Recipe(_Strict):
     losses: LossSpec | None = None
     dtype: Literal["auto", "checkpoint", "float32", "bfloat16", "float16"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    frozen_dtype: _Stored | FrozenSpec | None = None
     device: str | None = None
     checkpoints: CheckpointSpec = Field(default_factory=CheckpointSpec)
     deterministic: bool = False
@@ -226,6 +251,13 @@ class Recipe(_Strict):
     def matches_esft(self) -> bool:
         """Whether a selection is made only to know how large its delta would be."""
         return self.method == "lora" and self.lora is not None and self.lora.match is not None
+
+    @property
+    def frozen(self) -> FrozenSpec:
+        """What of the frozen weights is quantised, by part; a single word leaves embeddings."""
+        if isinstance(self.frozen_dtype, str):
+            return FrozenSpec(experts=self.frozen_dtype, linear=self.frozen_dtype)
+        return self.frozen_dtype or FrozenSpec()
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; reading it gives an equal recipe."""

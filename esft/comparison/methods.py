@@ -14,7 +14,12 @@ from typing import Any
 from esft.errors import RecipeError, nearest
 
 # Of sections that a method has no use for. None means that the key is left out.
-_NO_SELECTION: dict[str, Any] = {"selection": None, "train": None, "param_dtype": None}
+_NO_SELECTION: dict[str, Any] = {
+    "selection": None,
+    "train": None,
+    "param_dtype": None,
+    "frozen_dtype": None,
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ METHODS: dict[str, ComparedMethod] = {
             "lora": {"match": "esft", "r": None, "alpha": None},
             "train": None,
             "param_dtype": None,
+            "frozen_dtype": None,
         },
     ),
     "hot-lora": ComparedMethod(

@@ -72,7 +72,10 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     elsewhere: dict[str, Any] = dict.fromkeys(_ELSEWHERE, True)
     if isinstance(recipe.selection, str):
         elsewhere["selection"] = True
-    return {"recipe": recipe.model_dump(exclude=elsewhere | {"evaluation": {"general"}})}
+    found = recipe.model_dump(exclude=elsewhere | {"evaluation": {"general"}})
+    if found["frozen_dtype"] is None:
+        del found["frozen_dtype"]  # as in checkpoints from before there was this key
+    return {"recipe": found}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

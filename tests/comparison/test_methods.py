@@ -16,6 +16,7 @@ BASE = {
     "data": {"train": "rows.jsonl"},
     "lora": {"r": 4},
     "param_dtype": "bfloat16",
+    "frozen_dtype": "nf4",
 }
 
 
