@@ -94,7 +94,7 @@ def load_model(
             f"{folder}: holds a PEFT adapter (adapter_config.json), which transformers would mix "
             f"in; merge it into its base first"
         )
-    loaded, info = _guarded(
+    loaded, info = guarded(
         folder,
         lambda: auto_class(config).from_pretrained(
             folder,
@@ -124,7 +124,7 @@ def load_skeleton(model: str | Path) -> PreTrainedModel:
     folder = resolve(model)
     config = load_config(folder)
     with torch.device("meta"):
-        return _guarded(
+        return guarded(
             folder, lambda: auto_class(config).from_config(config, trust_remote_code=trusted.get())
         )
 
@@ -150,7 +150,7 @@ def load_config(folder: Path) -> Any:
     Raises:
         ModelError: it is damaged, of an unknown family, or wants to run code of its own.
     """
-    return _guarded(
+    return guarded(
         folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trusted.get())
     )
 
@@ -180,14 +180,15 @@ def load_tokenizer(model: str | Path) -> Any:
     # Without a vocabulary transformers makes an empty tokenizer from the configuration.
     if not any(next(folder.glob(name), None) for name in _VOCABULARIES):
         raise ModelError(f"{folder}: no tokenizer in this folder (such as a tokenizer.json)")
-    return _guarded(
+    return guarded(
         folder,
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted.get()),
         "tokenizer",
     )
 
 
-def _guarded(folder: Path, load: Callable[[], Any], what: str = "checkpoint") -> Any:
+def guarded(folder: Path, load: Callable[[], Any], what: str = "checkpoint") -> Any:
+    """Call a loader of transformers; what it raises for a damaged folder becomes a ModelError."""
     try:
         return load()
     except Exception as error:  # libraries raise all kinds for a damaged file

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from esft.errors import ModelError
 from esft.shards import Entry, read_blocks, read_rows
 
 TORCH = {
@@ -14,6 +15,14 @@ TORCH = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+}
+_INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _BLOCK = 1 << 22  # bytes of a tensor at a time
 
@@ -31,6 +40,35 @@ def read_tensor(entry: Entry, rows: Sequence[int] | None = None) -> Tensor:
     if not values:
         return torch.empty(shape, dtype=TORCH[entry.dtype])
     return torch.frombuffer(values, dtype=TORCH[entry.dtype]).reshape(shape)
+
+
+def read_numbers(entry: Entry, start: int = 0, end: int | None = None) -> Tensor:
+    """Read a tensor's numbers, or those from `start` to `end`, into one buffer: `[end - start]`.
+
+    Any dtype of numbers will do, integers too.
+
+    Raises:
+        ModelError: the file is missing, or ends within the tensor.
+    """
+    dtype = TORCH.get(entry.dtype) or _INTEGERS.get(entry.dtype)
+    if dtype is None:
+        raise ModelError(f"{entry.file}: a tensor is stored as {entry.dtype}, quantised")
+    width = dtype.itemsize
+    last = (entry.end - entry.start) // width if end is None else end
+    numbers = torch.empty(last - start, dtype=dtype)
+    room = memoryview(numbers.view(torch.uint8).numpy()) if len(numbers) else memoryview(b"")
+    try:
+        with open(entry.file, "rb", buffering=0) as file:
+            file.seek(entry.start + start * width)
+            while len(room):
+                if not (got := file.readinto(room)):
+                    raise ModelError(f"{entry.file}: ends in the middle of a tensor")
+                room = room[got:]
+    except FileNotFoundError:
+        raise ModelError(f"{entry.file}: this weights file is missing") from None
+    except OSError as error:
+        raise ModelError(f"{entry.file}: cannot be read: {error}") from error
+    return numbers
 
 
 def tensor_blocks(value: Tensor) -> Iterator[bytes]:
