@@ -46,6 +46,14 @@ class CheckError(EsftError):
     exit_code = 3
 
 
+class ProcessLost(EsftError):
+    """Another process of the same run is gone or does not answer."""
+
+
+class EndedElsewhere(EsftError):
+    """Another process of the same run failed and tells why; this one has nothing to add."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean "x"?` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

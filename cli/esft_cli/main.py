@@ -72,7 +72,7 @@ def run() -> None:
     _quiet_libraries()
     keep_freed_memory()
     _print_anything()
-    from esft.errors import EsftError
+    from esft.errors import EndedElsewhere, EsftError
     from esft.secrets import redact
 
     try:
@@ -83,7 +83,8 @@ def run() -> None:
     except EsftError as error:
         if os.environ.get("ESFT_TRACEBACK"):
             raise
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        if not isinstance(error, EndedElsewhere):  # another process tells
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is not None:  # no stream, hence not for here to explain

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from esft.progress import ConsoleReporter, Reporter
+from esft.progress import SILENT, ConsoleReporter, Reporter
 from esft.report import numerals
 
 _result_stream: ContextVar[TextIO | None] = ContextVar("result_stream", default=None)
@@ -80,8 +80,10 @@ TrustRemoteCode = Annotated[
 
 
 def reporter() -> Reporter:
-    """Return what shows progress and notes on stderr."""
-    return ConsoleReporter()
+    """Return what shows progress and notes on stderr: of several processes, the first's alone."""
+    from esft.processes import is_main
+
+    return ConsoleReporter() if is_main() else SILENT
 
 
 def console() -> Console:
