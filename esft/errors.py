@@ -46,11 +46,11 @@ class CheckError(EsftError):
     exit_code = 3
 
 
-class ProcessLost(EsftError):
+class LostProcessError(EsftError):
     """Another process of the same run is gone or does not answer."""
 
 
-class EndedElsewhere(EsftError):
+class ElsewhereError(EsftError):
     """Another process of the same run failed and tells why; this one has nothing to add."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from esft.errors import EndedElsewhere, EsftError, ProcessLost
+from esft.errors import ElsewhereError, EsftError, LostProcessError
 
 TIMEOUT = "ESFT_TIMEOUT"  # names the environment variable
 _SECONDS = 1800  # as long as torch waits by itself: the slowest process may load for a while
@@ -72,7 +72,7 @@ def joined() -> Iterator[None]:
     Does nothing where a group is joined already, or the process is alone.
 
     Raises:
-        ProcessLost: the others do not come.
+        LostProcessError: the others do not come.
     """
     if _joined() or not _launched() or count() == 1:
         yield
@@ -100,8 +100,8 @@ def together(what: str) -> Iterator[None]:
         what: they do, for messages: "profile".
 
     Raises:
-        EndedElsewhere: only another process failed, or one with a lower number did as well.
-        ProcessLost: another process is gone or does not answer.
+        ElsewhereError: only another process failed, or one with a lower number did as well.
+        LostProcessError: another process is gone or does not answer.
     """
     if not _joined() or dist.get_world_size() == 1:
         yield
@@ -109,16 +109,16 @@ def together(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        gone = isinstance(error, ProcessLost | EndedElsewhere)  # told by the process itself
+        gone = isinstance(error, LostProcessError | ElsewhereError)  # told by the process itself
         failed = gathered(None if gone else f"{error}", what)
         first = next((rank for rank, text in enumerate(failed) if text is not None), rank())
         if first < rank():
-            raise EndedElsewhere(_told(first, failed[first], what)) from error
+            raise ElsewhereError(_told(first, failed[first], what)) from error
         raise
     failed = gathered(None, what)
     for number, text in enumerate(failed):
         if text is not None:
-            raise EndedElsewhere(_told(number, text, what))
+            raise ElsewhereError(_told(number, text, what))
 
 
 def gathered(value: Any, what: str) -> list[Any]:
@@ -129,7 +129,7 @@ def gathered(value: Any, what: str) -> list[Any]:
         what: they do, for messages.
 
     Raises:
-        ProcessLost: another process is gone or does not answer.
+        LostProcessError: another process is gone or does not answer.
     """
     if not _joined() or dist.get_world_size() == 1:
         return [value]
@@ -164,7 +164,7 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # ValueError: the environment makes no sense
-        raise ProcessLost(
+        raise LostProcessError(
             f"process {rank()} of {count()}: another process ended, or did not answer within "
             f"{timeout().total_seconds():,g} s ({TIMEOUT}), while they {what}; what it said itself "
             f"tells why"

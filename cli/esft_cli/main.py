@@ -72,7 +72,7 @@ def run() -> None:
     _quiet_libraries()
     keep_freed_memory()
     _print_anything()
-    from esft.errors import EndedElsewhere, EsftError
+    from esft.errors import ElsewhereError, EsftError
     from esft.secrets import redact
 
     try:
@@ -83,7 +83,7 @@ def run() -> None:
     except EsftError as error:
         if os.environ.get("ESFT_TRACEBACK"):
             raise
-        if not isinstance(error, EndedElsewhere):  # another process tells
+        if not isinstance(error, ElsewhereError):  # another process tells
             print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
