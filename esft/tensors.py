@@ -56,7 +56,7 @@ def read_numbers(entry: Entry, start: int = 0, end: int | None = None) -> Tensor
     width = dtype.itemsize
     last = (entry.end - entry.start) // width if end is None else end
     numbers = torch.empty(last - start, dtype=dtype)
-    room = memoryview(numbers.view(torch.uint8).numpy()) if len(numbers) else memoryview(b"")
+    room = memoryview(numbers.view(torch.uint8).numpy().data) if len(numbers) else memoryview(b"")
     try:
         with open(entry.file, "rb", buffering=0) as file:
             file.seek(entry.start + start * width)

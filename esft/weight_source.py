@@ -30,7 +30,7 @@ from transformers.initialization import no_init_weights
 
 from esft.errors import ModelError
 from esft.loading import auto_class, guarded, load_config
-from esft.locating import trusted
+from esft.locating import first_line, trusted
 from esft.moe import MoeLayer, moe_layers
 from esft.names import layer_parts
 from esft.places import Place
@@ -225,7 +225,7 @@ class WeightSource:
             origin.sources.append((pattern or key, key))
         # As after loading: esft.names asks for it.
         self.model._weight_conversions = [c for c in conversions if c.was_used()]
-        found = {}
+        found: dict[str, _Origin] = {}
         for origin in origins.values():
             found |= dict.fromkeys(self._made(origin), origin)
         return found
@@ -264,7 +264,19 @@ class WeightSource:
 
     def _convert(self, origin: _Origin) -> dict[str, Tensor]:
         # transformers casts before it converts, to what the first of the tensors has.
-        return self._run(origin, lambda entry: _read(entry, self.dtype(origin.target)))
+        made = self._run(origin, lambda entry: _read(entry, self.dtype(origin.target)))
+        for name, tensor in made.items():
+            if name in self._hollow and tensor.shape != self.shape(name):
+                raise self._misfit(
+                    name, f"{list(tensor.shape)} instead of {list(self.shape(name))}"
+                )
+        return made
+
+    def _misfit(self, name: str, reason: str) -> ModelError:
+        return ModelError(
+            f"{self.folder}: {name}: the stored tensors are not those that config.json asks for: "
+            f"{reason}"
+        )
 
     def _run(self, origin: _Origin, read: Callable[[Entry], Tensor]) -> dict[str, Tensor]:
         entries = self.checkpoint.entries
@@ -273,15 +285,21 @@ class WeightSource:
         transform = deepcopy(origin.transform)
         for pattern, key in origin.sources:
             transform.add_tensor(origin.target, key, pattern, read(entries[key]))
-        made = transform.convert(origin.target, model=self.model, config=self.model.config)
+        try:
+            made = transform.convert(origin.target, model=self.model, config=self.model.config)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise self._misfit(origin.target, first_line(error)) from error
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
     def _read_stack(self, name: str) -> Tensor | None:
         """Put a stack together expert by expert; None if the files do not hold it that way."""
         layer, weight = self._stacks[name]
         places = self.places(layer)[weight]
-        if any(key not in self.checkpoint.entries for place in places for key in place.names):
-            return None
+        keys = {key for place in places for key in place.names}
+        if missing := keys - self.checkpoint.entries.keys():
+            if missing == keys:
+                return None
+            raise self._misfit(name, f"{min(missing)} and {len(missing) - 1:,} more are missing")
         stack = torch.empty(self.shape(name), dtype=self.dtype(name))
         by_expert = stack.view(layer.layout.shapes()[weight])
         for expert in range(by_expert.shape[0]):
@@ -292,6 +310,8 @@ class WeightSource:
     def _read_share(self, place: Place, expert: int, expert_slice: Tensor) -> None:
         entry = self.checkpoint.entries[place.name(expert)]
         size = place.shape.numel()
+        if not place.fused and entry.shape != place.shape:
+            raise self._misfit(place.name(expert), f"{list(entry.shape)} on disk")
         start = expert * size if place.fused else 0
         place.write(expert_slice, read_numbers(entry, start, start + size))
 
