@@ -11,31 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from esft.cooccurrence import Cooccurrence
 from esft.data.bad_rows import STRICT, BadRows
-from esft.data.batching import batches, padded
 from esft.data.encode import Example, encode_rows
 from esft.data.packing import sample
 from esft.data.row import Row
 from esft.data.rows import read_rows
 from esft.data.sources import Source
-from esft.diagnostics import routing
 from esft.errors import DataError
-from esft.layer_scores import HalfScores, LayerScores
 from esft.loading import load_config, load_model, load_skeleton, load_tokenizer
 from esft.locating import resolve
 from esft.moe import anatomy, moe_layers, text_config
 from esft.progress import SILENT, Reporter
-from esft.routing import HALVES, NOT_COUNTED, RoutingSums
 from esft.scores import Scores
-from esft.selection_rule import DEFAULT_P
-from esft.stability import stability
-from esft.token_routing import TokenRouting
+from esft.tally import COUNTS, Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COUNTS = ("all", "prompt", "completion")
 TOKENS = 131_072  # the paper's sample: 32 sequences of 4,096 tokens
 SEQ_LEN = 4096
 
@@ -141,68 +133,21 @@ def profile_model(
         DataError: no token counts.
     """
     _check(count)
-    found = anatomy(model)
-    masks = [_counted(example, count) for example in examples]
-    total = sum(map(sum, masks))
-    if not total:
-        raise DataError(f"--count {count}: no token of the sample counts")
+    tally = Tally(anatomy(model), examples, count, cooccurrence=cooccurrence)
     device = model.device
-    size = batch_tokens or tokens_at_once(device.type)
-    lengths = [len(example.input_ids) for example in examples]
-    # Every other row goes to the second half of the sample.
-    halves = [
-        [row % HALVES if counted else NOT_COUNTED for counted in mask]
-        for row, mask in enumerate(masks)
-    ]
-    by_token = TokenRouting([example.input_ids for example in examples], halves)
-    pairs = Cooccurrence() if cooccurrence else None
-    sums = RoutingSums(found.layers, [by_token, *([pairs] if pairs else [])])
     with (
-        _evaluating(model),
-        sums.hooked(),
+        evaluating(model),
+        tally.hooked(),
         reporter.task("profiling", total=len(examples), unit="row") as task,
     ):
-        for rows in batches(lengths, size):
-            ids, attention = padded([examples[row].input_ids for row in rows])
-            half_T = padded([halves[row] for row in rows], NOT_COUNTED)[0].flatten()
-            sums.half_T = half_T.to(device)
-            by_token.batch(ids, half_T)
+        for batch in tally.batches(batch_tokens or tokens_at_once(device.type)):
+            tally.begin(batch, device)
             # The base model: no logits, which cost more than the experts do in a small model.
-            model.base_model(
-                input_ids=ids.to(device),
-                attention_mask=None if attention.all() else attention.to(device),
-                use_cache=False,
-            )
-            task.advance(len(rows), tokens=int(attention.sum()))
-    tokens = [sum(sum(mask) for mask in masks[half::HALVES]) for half in range(HALVES)]
-    whole = sums.scores(range(HALVES), total)
-    parts = [sums.scores([half], tokens[half]) for half in range(HALVES)] if all(tokens) else []
-    layers = {
-        layer.index: replace(
-            whole[layer.index],
-            halves=tuple(_half(part[layer.index]) for part in parts),
-            routing=routing(whole[layer.index].counts(), by_token.fixed(layer)),
-            cooccurrence=pairs.counts(layer) if pairs else None,
-        )
-        for layer in found.layers
-    }
-    return Scores(
-        layers=layers,
-        model={
-            "name": name or model.config._name_or_path or found.architecture,
-            "model_type": found.model_type,
-            "architecture": found.architecture,
-            "parameters": found.total,
-            "routed_parameters": found.routed,
-            "expert_parameters": found.per_expert,
-            "bytes_per_parameter": bytes_per_parameter or model.dtype.itemsize,
-        },
-        sample={
-            "count": count,
-            "tokens": total,
-            "sequences": len(examples),
-        },
-        stability=stability(whole, parts, DEFAULT_P) if parts else {},
+            model.base_model(**batch.inputs(device))
+            task.advance(len(batch.rows), tokens=batch.tokens)
+    return tally.scores(
+        name or model.config._name_or_path or type(model).__name__,
+        bytes_per_parameter or model.dtype.itemsize,
     )
 
 
@@ -268,19 +213,9 @@ def _check(count: str, tokens: int = TOKENS, seq_len: int = SEQ_LEN) -> None:
             raise DataError(f"{option} {value}: must be at least 1")
 
 
-def _counted(example: Example, count: str) -> list[bool]:
-    if count == "all":
-        return [True] * len(example.input_ids)
-    return [answer == (count == "completion") for answer in example.completion]
-
-
-def _half(layer: LayerScores) -> HalfScores:
-    assert layer.tokens is not None  # it was counted here
-    return HalfScores(layer.tokens, layer.token, layer.gate)
-
-
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients, while the block runs."""
     training = model.training
     model.eval()
     try:

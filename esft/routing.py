@@ -40,6 +40,7 @@ class RoutingSums:
     """Sums over the tokens of each half of a sample, in float64 on the devices of the layers.
 
     Attributes:
+        by_layer: the sums by layer index: counts and gates, `[2, 3 * (E + 1)]`.
         half_T: of the batch at hand: 0, 1, or `NOT_COUNTED` for each of its B*S tokens, `[T]`.
             Set it before each forward call inside `hooked`.
     """
@@ -47,7 +48,7 @@ class RoutingSums:
     def __init__(self, layers: Sequence[MoeLayer], watchers: Sequence[Watcher] = ()) -> None:
         self._layers = layers
         self._watchers = watchers
-        self._sums: dict[int, Tensor] = {}  # by layer index: [2, 3 * (E + 1)]: counts, gates
+        self.by_layer: dict[int, Tensor] = {}
         self.half_T = torch.zeros(0, dtype=torch.int64)
 
     @contextmanager
@@ -79,10 +80,12 @@ class RoutingSums:
         column_TK = torch.where((index_TK >= 0) & (index_TK < E), index_TK, E)
         slot_N = (half_T[:, None] * (E + 1) + column_TK).flatten()
         gate_N = weight.reshape(-1).to(torch.float64) / layer.gate_scale
-        if layer.index not in self._sums:
+        if layer.index not in self.by_layer:
             shape = (2, (HALVES + 1) * (E + 1))
-            self._sums[layer.index] = torch.zeros(shape, dtype=torch.float64, device=index.device)
-        counts, gates = self._sums[layer.index]
+            self.by_layer[layer.index] = torch.zeros(
+                shape, dtype=torch.float64, device=index.device
+            )
+        counts, gates = self.by_layer[layer.index]
         counts.scatter_add_(0, slot_N, torch.ones_like(gate_N))
         gates.scatter_add_(0, slot_N, gate_N)
         for watcher in self._watchers:
@@ -105,9 +108,9 @@ class RoutingSums:
         layers = {}
         for layer in self._layers:
             E, K = layer.num_experts, layer.top_k
-            if layer.index not in self._sums:
+            if layer.index not in self.by_layer:
                 raise ModelError(f"{layer.name}: never called; this family cannot be profiled")
-            bins = self._sums[layer.index].cpu().view(2, HALVES + 1, E + 1)
+            bins = self.by_layer[layer.index].cpu().view(2, HALVES + 1, E + 1)
             counts, gates = bins[:, list(halves)].sum(dim=1)
             chosen = int(counts.sum())
             if counts[E] and not layer.layout.others:

@@ -24,6 +24,9 @@ class TokenRouting:
     """Counts, per layer, how often each frequent token id chose each expert; per half.
 
     A watcher of `esft.routing.RoutingSums`. Call `batch` before each forward call.
+
+    Attributes:
+        by_layer: the counts by layer index: `[2, ids, E + 1]`, flat, int32.
     """
 
     def __init__(self, ids: Sequence[Sequence[int]], halves: Sequence[Sequence[int]]) -> None:
@@ -47,7 +50,7 @@ class TokenRouting:
         self.tokens = sum(seen[half][token] for half in range(HALVES) for token in self.token_ids)
         self._row_V = torch.full((1 + max((max(row) for row in ids if row), default=0),), -1)
         self._row_V[self.token_ids] = torch.arange(len(self.token_ids))
-        self._tables: dict[int, Tensor] = {}  # by layer index: [2, ids, E + 1], flat
+        self.by_layer: dict[int, Tensor] = {}
         self._place_P = self._row_P = torch.zeros(0, dtype=torch.int64)
 
     def batch(self, ids_BS: Tensor, half_T: Tensor) -> None:
@@ -63,12 +66,12 @@ class TokenRouting:
             return
         columns, device = layer.num_experts + 1, index_TK.device
         place_P, row_P = self._place_P.to(device), self._row_P.to(device)
-        if layer.index not in self._tables:
+        if layer.index not in self.by_layer:
             cells = HALVES * len(self.token_ids) * columns
-            self._tables[layer.index] = torch.zeros(cells, dtype=torch.int32, device=device)
+            self.by_layer[layer.index] = torch.zeros(cells, dtype=torch.int32, device=device)
         cell_N = (row_P[:, None] * columns + index_TK[place_P]).flatten()
         one_N = torch.ones((), dtype=torch.int32, device=device).expand(len(cell_N))
-        self._tables[layer.index].scatter_add_(0, cell_N, one_N)
+        self.by_layer[layer.index].scatter_add_(0, cell_N, one_N)
 
     def fixed(self, layer: MoeLayer) -> FixedByToken | None:
         """Return a layer's figures, or None if no id was seen `MIN_SEEN` times in both halves.
@@ -83,10 +86,10 @@ class TokenRouting:
         same with all ids counted as one. Ids that always stand in the same text (a template that
         every row begins with) count as fixed.
         """
-        if layer.index not in self._tables:
+        if layer.index not in self.by_layer:
             return None
         shape = (HALVES, len(self.token_ids), layer.num_experts + 1)
-        table_HVE = self._tables[layer.index].cpu().view(shape)[..., :-1].to(torch.int64)
+        table_HVE = self.by_layer[layer.index].cpu().view(shape)[..., :-1].to(torch.int64)
         return FixedByToken(
             share=_found_again(table_HVE, layer.top_k),
             without_id=_found_again(table_HVE.sum(dim=1, keepdim=True), layer.top_k),
