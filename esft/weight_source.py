@@ -8,10 +8,9 @@ second copy of a stack is ever in memory.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
@@ -19,41 +18,20 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.initialization import no_init_weights
 
 from esft.errors import ModelError
 from esft.loading import auto_class, guarded, load_config
-from esft.locating import first_line, trusted
+from esft.locating import trusted
 from esft.moe import MoeLayer, moe_layers
 from esft.names import layer_parts
+from esft.origins import Origin, misfit, trace
 from esft.places import Place
-from esft.shards import Checkpoint, Entry, open_checkpoint
+from esft.shards import Checkpoint, open_checkpoint
 from esft.tensors import TORCH, read_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass
-class _Origin:
-    """What one tensor of a model, or several, are made of.
-
-    Attributes:
-        target: transformers' name of what comes out: the first of the tensors.
-        transform: the conversion; None where a tensor is only called otherwise on disk.
-        sources: pattern in the conversion, name on disk.
-    """
-
-    target: str
-    transform: WeightConverter | None
-    sources: list[tuple[str, str]] = field(default_factory=list)
 
 
 class WeightSource:
@@ -75,7 +53,7 @@ class WeightSource:
         self.layers = moe_layers(model)
         self._hollow: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self._plan = model._get_dtype_plan(model.dtype)
-        self._origins = self._trace()
+        self._origins = trace(model, checkpoint.entries, self._hollow)
         self._aliases = self._tie()
         self.names = tuple(self._aliases)
         self._stored = {other: name for name, others in self._aliases.items() for other in others}
@@ -129,8 +107,9 @@ class WeightSource:
 
     def stored_bytes(self, names: Iterable[str]) -> int:
         """Return the bytes on disk that these tensors are made of."""
-        found = {key for name in names for _, key in self._origin(name).sources}
-        return sum(_size(self.checkpoint.entries[key]) for key in found)
+        found = {key for name in names for key in self._origin(name).stored}
+        entries = [self.checkpoint.entries[key] for key in found]
+        return sum(entry.end - entry.start for entry in entries)
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape that a tensor has in the model."""
@@ -206,37 +185,6 @@ class WeightSource:
         for name in map(self._canonical, names):
             self._set(name, self._hollow[name])
 
-    def _trace(self) -> dict[str, _Origin]:
-        """Find out, as `from_pretrained` does, what each tensor of the model is made of."""
-        conversions = get_model_conversion_mapping(self.model)
-        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in conversions if isinstance(c, WeightConverter)]
-        of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        prefix, own = self.model.base_model_prefix, self._hollow
-        origins: dict[str, _Origin] = {}
-        for key in sorted(self.checkpoint.entries, key=dot_natural_key):
-            target, pattern = rename_source_key(key, renamings, converters, prefix, own)
-            if target not in own and key in own:
-                target, pattern = rename_source_key(key, [], [], prefix, own)
-            if target not in own:
-                continue  # of a head or a layer that the family's code leaves out
-            transform = deepcopy(of_pattern[pattern]) if pattern is not None else None
-            origin = origins.setdefault(target, _Origin(target, transform))
-            origin.sources.append((pattern or key, key))
-        # As after loading: esft.names asks for it.
-        self.model._weight_conversions = [c for c in conversions if c.was_used()]
-        found: dict[str, _Origin] = {}
-        for origin in origins.values():
-            found |= dict.fromkeys(self._made(origin), origin)
-        return found
-
-    def _made(self, origin: _Origin) -> list[str]:
-        """Return the names of the tensors in the model that are made together."""
-        if origin.transform is None or len(origin.transform.target_patterns) == 1:
-            return [origin.target]
-        made = self._run(origin, lambda entry: torch.empty(entry.shape, device="meta"))
-        return [name for name in made if name in self._hollow]
-
     def _tie(self) -> dict[str, list[str]]:
         """Tie what is not stored to what is: name of a stored tensor -> all names of it."""
         missing = self._hollow.keys() - self._origins.keys()
@@ -259,37 +207,20 @@ class WeightSource:
             raise ModelError(f"{self.folder}: the model has no tensor {name}")
         return self._stored[name]
 
-    def _origin(self, name: str) -> _Origin:
+    def _origin(self, name: str) -> Origin:
         return self._origins[self._canonical(name)]
 
-    def _convert(self, origin: _Origin) -> dict[str, Tensor]:
-        # transformers casts before it converts, to what the first of the tensors has.
-        made = self._run(origin, lambda entry: _read(entry, self.dtype(origin.target)))
+    def _convert(self, origin: Origin) -> dict[str, Tensor]:
+        def read(key: str) -> Tensor:
+            entry = self.checkpoint.entries[key]
+            # transformers casts before it converts, to what the first of the tensors has.
+            return read_numbers(entry).view(entry.shape).to(self.dtype(origin.target))
+
+        made = origin.make(self.model, read)
         for name, tensor in made.items():
             if name in self._hollow and tensor.shape != self.shape(name):
-                raise self._misfit(
-                    name, f"{list(tensor.shape)} instead of {list(self.shape(name))}"
-                )
+                raise misfit(name, f"{list(tensor.shape)} instead of {list(self.shape(name))}")
         return made
-
-    def _misfit(self, name: str, reason: str) -> ModelError:
-        return ModelError(
-            f"{self.folder}: {name}: the stored tensors are not those that config.json asks for: "
-            f"{reason}"
-        )
-
-    def _run(self, origin: _Origin, read: Callable[[Entry], Tensor]) -> dict[str, Tensor]:
-        entries = self.checkpoint.entries
-        if origin.transform is None:
-            return {origin.target: read(entries[origin.sources[-1][1]])}
-        transform = deepcopy(origin.transform)
-        for pattern, key in origin.sources:
-            transform.add_tensor(origin.target, key, pattern, read(entries[key]))
-        try:
-            made = transform.convert(origin.target, model=self.model, config=self.model.config)
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise self._misfit(origin.target, first_line(error)) from error
-        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
     def _read_stack(self, name: str) -> Tensor | None:
         """Put a stack together expert by expert; None if the files do not hold it that way."""
@@ -299,7 +230,7 @@ class WeightSource:
         if missing := keys - self.checkpoint.entries.keys():
             if missing == keys:
                 return None
-            raise self._misfit(name, f"{min(missing)} and {len(missing) - 1:,} more are missing")
+            raise misfit(name, f"{min(missing)} and {len(missing) - 1:,} more are missing")
         stack = torch.empty(self.shape(name), dtype=self.dtype(name))
         by_expert = stack.view(layer.layout.shapes()[weight])
         for expert in range(by_expert.shape[0]):
@@ -310,9 +241,10 @@ class WeightSource:
     def _read_share(self, place: Place, expert: int, expert_slice: Tensor) -> None:
         entry = self.checkpoint.entries[place.name(expert)]
         size = place.shape.numel()
-        if not place.fused and entry.shape != place.shape:
-            raise self._misfit(place.name(expert), f"{list(entry.shape)} on disk")
         start = expert * size if place.fused else 0
+        fits = entry.shape[1:] if place.fused and place.each is None else entry.shape
+        if start + size > math.prod(entry.shape) or (place.each is None and fits != place.shape):
+            raise misfit(place.name(expert), f"its shape is {list(entry.shape)}")
         place.write(expert_slice, read_numbers(entry, start, start + size))
 
     def _set(self, name: str, tensor: Tensor) -> None:
@@ -325,14 +257,6 @@ class WeightSource:
             if not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             module._parameters[own] = tensor
-
-
-def _read(entry: Entry, dtype: torch.dtype) -> Tensor:
-    return read_numbers(entry).view(entry.shape).to(dtype)
-
-
-def _size(entry: Entry) -> int:
-    return entry.end - entry.start
 
 
 def _own_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
