@@ -7,13 +7,15 @@ their environment. Everything here also works in a process that is alone, and do
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from esft.errors import ElsewhereError, EsftError, LostProcessError
 
@@ -93,32 +95,26 @@ def joined() -> Iterator[None]:
 def together(what: str) -> Iterator[None]:
     """End the block in all processes, or fail in all: an error in one of them ends the others.
 
-    All of them must enter it. Blocks with collective calls inside may do so, too: a process that
-    waits in such a call for one that failed learns of it by the timeout at the latest.
+    All of them must enter it. Inside, `gathered` and `summed` learn of another's error, too; a
+    process that waits in any other collective call learns of it by the timeout at the latest.
 
     Args:
         what: they do, for messages: "profile".
 
     Raises:
-        ElsewhereError: only another process failed, or one with a lower number did as well.
+        ElsewhereError: another process failed, and tells the user, as this one need not.
         LostProcessError: another process is gone or does not answer.
     """
-    if not _joined() or dist.get_world_size() == 1:
-        yield
-        return
     try:
         yield
-    except Exception as error:
-        gone = isinstance(error, LostProcessError | ElsewhereError)  # told by the process itself
-        failed = gathered(None if gone else f"{error}", what)
-        first = next((rank for rank, text in enumerate(failed) if text is not None), rank())
-        if first < rank():
-            raise ElsewhereError(_told(first, failed[first], what)) from error
+        gathered(None, what)
+    except (ElsewhereError, LostProcessError):
         raise
-    failed = gathered(None, what)
-    for number, text in enumerate(failed):
-        if text is not None:
-            raise ElsewhereError(_told(number, text, what))
+    except Exception as error:
+        if not vars(error).get("esft_told"):  # a block inside this one has
+            vars(error)["esft_told"] = True
+            _heed(_exchanged(_Failure(str(error)), what), what, error)
+        raise
 
 
 def gathered(value: Any, what: str) -> list[Any]:
@@ -129,9 +125,41 @@ def gathered(value: Any, what: str) -> list[Any]:
         what: they do, for messages.
 
     Raises:
-        LostProcessError: another process is gone or does not answer.
+        ElsewhereError, LostProcessError: see `together`.
     """
-    if not _joined() or dist.get_world_size() == 1:
+    values = _exchanged(value, what)
+    _heed(values, what)
+    return values
+
+
+def summed(tensors: Sequence[Tensor], what: str) -> list[Tensor]:
+    """Return the sums of tensors over the processes, on the CPU, in each of them.
+
+    Args:
+        tensors: of the same shapes and dtypes everywhere, on any device.
+        what: they do, for messages.
+
+    Raises:
+        ElsewhereError, LostProcessError: see `together`.
+    """
+    gathered(None, what)
+    found = [tensor.detach().cpu().clone() for tensor in tensors]
+    if _several():
+        with _explained(what):
+            for tensor in found:
+                dist.all_reduce(tensor, group=_cpu_group())
+    return found
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a process sends instead of a value when it has failed."""
+
+    message: str
+
+
+def _exchanged(value: Any, what: str) -> list[Any]:
+    if not _several():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     with _explained(what):
@@ -139,8 +167,22 @@ def gathered(value: Any, what: str) -> list[Any]:
     return values
 
 
+def _heed(values: Sequence[Any], what: str, own: Exception | None = None) -> None:
+    """Raise ElsewhereError if another process failed; the first to fail by rank is who tells."""
+    for number, value in enumerate(values):
+        if isinstance(value, _Failure):
+            if number != rank():
+                message = f"process {number} of {count()} failed while they {what}: {value.message}"
+                raise ElsewhereError(message) from own
+            return
+
+
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _several() -> bool:
+    return _joined() and dist.get_world_size() > 1
 
 
 def _launched() -> bool:
@@ -169,7 +211,3 @@ def _explained(what: str) -> Iterator[None]:
             f"{timeout().total_seconds():,g} s ({TIMEOUT}), while they {what}; what it said itself "
             f"tells why"
         ) from error
-
-
-def _told(number: int, text: Any, what: str) -> str:
-    return f"process {number} of {count()} failed while they {what}: {text}"
