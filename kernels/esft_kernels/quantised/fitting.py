@@ -22,12 +22,12 @@ class Fit:
     Attributes:
         codes: `[rows, B, block]` uint8, or int8 for `int8`.
         scale: `[rows, B]` bf16.
-        offset: `[rows, B]` bf16, or None.
+        offset: `[rows, B]` bf16; zeros for kinds that store none.
     """
 
     codes: Tensor
     scale: Tensor
-    offset: Tensor | None = None
+    offset: Tensor
 
 
 def fit(weights: Tensor, kind: Kind) -> Fit:
@@ -35,10 +35,11 @@ def fit(weights: Tensor, kind: Kind) -> Fit:
     if kind.offset:
         return _with_offset(weights, kind)
     largest = weights.abs().amax(-1)
+    offset = torch.zeros_like(largest, dtype=SCALES)
     if kind.codebook is None:
         scale = _rounded(largest / kind.top)
         codes = weights.div(_divisor(scale)).round_().clamp_(-kind.top, kind.top)
-        return Fit(codes.to(kind.code_dtype), scale.to(SCALES))
+        return Fit(codes.to(kind.code_dtype), scale.to(SCALES), offset)
     scale = _rounded(largest)
     parts = weights / _divisor(scale)
     codes = torch.zeros_like(weights, dtype=kind.code_dtype)
@@ -47,7 +48,7 @@ def fit(weights: Tensor, kind: Kind) -> Fit:
     # `bucketize`.
     for middle in ((book[1:] + book[:-1]) / 2).tolist():
         codes += parts > middle
-    return Fit(codes, scale.to(SCALES))
+    return Fit(codes, scale.to(SCALES), offset)
 
 
 def _with_offset(weights: Tensor, kind: Kind) -> Fit:

@@ -48,21 +48,21 @@ def quantise(
 
 def _fill(weight: Tensor, stored: Quantised) -> None:
     tensors = {name: tensor.view(-1, tensor.shape[-1]) for name, tensor in stored.tensors().items()}
-    columns, block, form = stored.columns, stored.block, stored.form
-    whole = columns // block * block
+    whole = stored.columns // stored.block * stored.block
     for start, piece in _pieces(weight):
         rows = piece.float()
-        parts = [rows[:, :whole].unflatten(1, (-1, block))] if whole else []
-        if whole < columns:
-            parts.append(rows[:, None, whole:])
         if not torch.isfinite(rows).all():
-            raise _not_finite(rows, start, weight.shape)
-        fits = [fit(part, form) for part in parts]
+            raise _not_finite(rows, start, stored.shape)
+        parts = [rows[:, :whole].unflatten(1, (-1, stored.block))] if whole else []
+        if whole < stored.columns:
+            parts.append(rows[:, None, whole:])
+        fits = [fit(part, stored.form) for part in parts]
         own = slice(start, start + rows.shape[0])
-        tensors["codes"][own] = pack(torch.cat([f.codes.flatten(1) for f in fits], 1), form)
-        tensors["scale"][own] = torch.cat([f.scale for f in fits], 1)
-        if form.offset:
-            tensors["offset"][own] = torch.cat([f.offset for f in fits], 1)
+        codes = torch.cat([found.codes.flatten(1) for found in fits], dim=1)
+        tensors["codes"][own] = pack(codes, stored.form)
+        tensors["scale"][own] = torch.cat([found.scale for found in fits], dim=1)
+        if "offset" in tensors:
+            tensors["offset"][own] = torch.cat([found.offset for found in fits], dim=1)
 
 
 def _pieces(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
