@@ -12,7 +12,7 @@ import torch
 
 from esft.errors import EsftError
 from esft.loading import load_skeleton, pick_device, pick_dtype
-from esft.locating import resolve
+from esft.locating import TINY_MOE, resolve
 from esft.moe import Anatomy, anatomy
 from esft.plans.batch import Batch, plan_batch
 from esft.plans.cases import make_case
@@ -125,6 +125,12 @@ class Planner:
         """The model's."""
         return resolve(self.recipe.model, weights=False)
 
+    @property
+    def hub_id(self) -> str | None:
+        """Its name on the hub, if it comes from there."""
+        model = self.recipe.model
+        return None if model == TINY_MOE or Path(model).expanduser().is_dir() else model
+
     @cached_property
     def skeleton(self) -> Any:
         """The model on the meta device."""
@@ -143,7 +149,7 @@ class Planner:
     @cached_property
     def stored(self) -> Stored:
         """The checkpoint on disk."""
-        return read_stored(self.folder, self.anatomy.total)
+        return read_stored(self.folder, self.anatomy.total, self.hub_id)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -253,7 +259,7 @@ class Planner:
     def notes(self, many: Case, processes: int) -> Iterator[str]:
         """Say what a reader should know beside the figures."""
         if not self.stored.measured:
-            yield "no weights here: sizes are the configuration's"
+            yield f"{self.stored.why}: sizes are the configuration's"
         if many.obstacle is not None:
             yield f"activations are not known: {many.obstacle}"
         if self.device == "cuda":

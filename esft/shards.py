@@ -72,7 +72,7 @@ def open_checkpoint(folder: Path, stem: str = STEM, *, links: bool = True) -> Ch
         ModelError: there are no safetensors files, one is missing or damaged, two hold a tensor
             of the same name, or the index points outside the folder.
     """
-    files = tuple(_shards(folder, stem))
+    files = tuple(shard_files(folder, stem))
     entries: dict[str, Entry] = {}
     for file in files:
         if not links:
@@ -161,7 +161,13 @@ def refuse_link_outside(file: Path) -> None:
         )
 
 
-def _shards(folder: Path, stem: str) -> Iterator[Path]:
+def shard_files(folder: Path, stem: str = STEM) -> Iterator[Path]:
+    """Yield the files of a checkpoint, by name, as its index names them; they may be missing.
+
+    Raises:
+        ModelError: there is neither an index nor a single file, or the index is damaged or points
+            outside the folder.
+    """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         if single.is_file():

@@ -21,6 +21,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 _aten = torch.ops.aten
 
+# Asked what an operation gives that looks at contents; returns UNKNOWN for any other.
+Oracle = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+UNKNOWN = object()
+
 
 @contextmanager
 def pretending() -> Iterator[Tracker]:
@@ -60,13 +64,14 @@ class Tracker(TorchDispatchMode):
         peak: the most that were, since the last `reset`.
         flops: floating-point operations of matrix products, convolutions and attention since the
             last `reset`; a multiply-add is two.
+        oracles: what answers questions that only contents could, the last one first.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
+        self.oracles: list[Oracle] = []
         self._sizes: dict[int, int] = {}
-        self._found: int | None = None
 
     def reset(self) -> None:
         """Count the peak and the operations anew from here."""
@@ -74,12 +79,18 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def finding(self, rows: int) -> Iterator[None]:
-        """Answer a question that only contents could: inside the block, `nonzero` finds `rows`."""
-        self._found = rows
+        """Inside the block, `nonzero` finds `rows`."""
+
+        def found(function: Any, args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+            if function is not _aten.nonzero.default:
+                return UNKNOWN
+            return args[0].new_empty(rows, args[0].dim(), dtype=torch.int64)
+
+        self.oracles.append(found)
         try:
             yield
         finally:
-            self._found = None
+            self.oracles.remove(found)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -98,8 +109,9 @@ class Tracker(TorchDispatchMode):
     def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is _aten._grouped_mm.default:
             return _grouped_mm(*args, **kwargs)
-        if function is _aten.nonzero.default and self._found is not None:
-            return args[0].new_empty(self._found, args[0].dim(), dtype=torch.int64)
+        for oracle in reversed(self.oracles):
+            if (answer := oracle(function, args, kwargs)) is not UNKNOWN:
+                return answer
         return function(*args, **kwargs)
 
     def _see(self, tensor: Tensor) -> None:

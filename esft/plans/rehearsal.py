@@ -19,6 +19,7 @@ from esft.moe import moe_layers, trainable_parameters
 from esft.plans.batch import Batch
 from esft.plans.contents import known
 from esft.plans.counts import Chosen
+from esft.plans.loops import answer_loops
 from esft.plans.optimizers import make_optimizer, optimizer_name, state_bytes
 from esft.plans.pretence import Tracker, pretending
 from esft.recipe_sections import Recipe
@@ -92,6 +93,7 @@ def rehearse(
             model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trusted.get()
             )
+        answer_loops(model, tracker)
         model.tie_weights()  # which is otherwise part of the initialising that is left out
         method = planned_method(recipe, chosen, model, width)
         prepared = method.prepare(model)
