@@ -21,6 +21,11 @@ class Cooccurrence:
     def __init__(self) -> None:
         self.by_layer: dict[int, Tensor] = {}
 
+    def zeros(self, layer: MoeLayer, device: torch.device) -> Tensor:
+        """Return a layer's counts of nothing."""
+        E = layer.num_experts
+        return torch.zeros(E, E, dtype=torch.float64, device=device)
+
     def add(self, layer: MoeLayer, half_T: Tensor, index_TK: Tensor) -> None:
         """Count a layer's choices, see `esft.routing.Watcher`."""
         E = layer.num_experts
@@ -29,9 +34,7 @@ class Cooccurrence:
             1, index_TK, (half_T != NOT_COUNTED).float()[:, None].expand_as(index_TK)
         )
         if layer.index not in self.by_layer:
-            self.by_layer[layer.index] = torch.zeros(
-                E, E, dtype=torch.float64, device=index_TK.device
-            )
+            self.by_layer[layer.index] = self.zeros(layer, index_TK.device)
         # Ones and zeros: float32 counts them exactly up to 16 million tokens in a batch.
         chosen_TE = chosen_TE[:, :E]
         self.by_layer[layer.index] += chosen_TE.T @ chosen_TE

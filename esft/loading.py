@@ -20,6 +20,7 @@ from transformers import (
 import esft.models  # noqa: F401  makes them known to the auto classes
 from esft.errors import ModelError
 from esft.locating import first_line, resolve, trusted
+from esft.processes import count, local_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,13 +28,17 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "merges.txt", "tekken.js
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """Return the asked-for device, or a GPU if there is one.
+    """Return the asked-for device, or a GPU if there is one: each process of a machine its own.
 
     Raises:
         ModelError: the name is no device, or this machine does not have it.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if count() == 1:
+            return torch.device("cuda")
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

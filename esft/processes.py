@@ -81,7 +81,7 @@ def joined() -> Iterator[None]:
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     with _explained("start together"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout())
     try:
@@ -115,6 +115,13 @@ def together(what: str) -> Iterator[None]:
             vars(error)["esft_told"] = True
             _heed(_exchanged(_Failure(str(error)), what), what, error)
         raise
+
+
+@contextmanager
+def as_one(what: str) -> Iterator[None]:
+    """Join the processes that this one was launched with, if not yet done, and act together."""
+    with joined(), together(what):
+        yield
 
 
 def gathered(value: Any, what: str) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,11 @@ from esft.errors import DataError
 from esft.loading import load_config, load_model, load_skeleton, load_tokenizer
 from esft.locating import resolve
 from esft.moe import anatomy, moe_layers, text_config
+from esft.processes import as_one, rank
+from esft.processes import count as processes
 from esft.progress import SILENT, Reporter
 from esft.scores import Scores
-from esft.tally import COUNTS, Tally
+from esft.tally import COUNTS, WHOLE, Share, Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +39,7 @@ _BATCH_TOKENS_GPU = 32_768
 _ROWS_ENCODED = 1000  # at a time, until the sample has its tokens
 
 
+@as_one("profile")
 def profile(
     model: str | Path,
     data: str | Path | Source,
@@ -52,6 +55,9 @@ def profile(
     reporter: Reporter = SILENT,
 ) -> Scores:
     """Score how much a task uses each routed expert of a model.
+
+    Launched as several processes (torchrun, accelerate launch), each takes a share of the sample,
+    and all get the same scores, to the last bit those of one process.
 
     Args:
         model: a checkpoint's folder, a hub id, or `tiny-moe`.
@@ -94,6 +100,7 @@ def profile(
         cooccurrence=cooccurrence,
         name=str(model),
         bytes_per_parameter=stored_bytes(folder),
+        split=True,
         reporter=reporter,
     )
     drawn = {"data": source.path, "seq_len": seq_len, "seed": seed}
@@ -109,6 +116,7 @@ def profile_model(
     name: str | None = None,
     bytes_per_parameter: int | None = None,
     batch_tokens: int | None = None,
+    split: bool = False,
     reporter: Reporter = SILENT,
 ) -> Scores:
     """Score the routed experts of a model in memory; it may have a selection attached.
@@ -126,6 +134,8 @@ def profile_model(
         name: what the scores call the model.
         bytes_per_parameter: of the checkpoint, see `stored_bytes`; None takes those in memory.
         batch_tokens: padded tokens in a batch at most, but at least one row.
+        split: whether the joined processes share the sample out; all must call this, each with a
+            whole model of its own, and all get the same scores, to the last bit those of one.
         reporter: shown the progress.
 
     Raises:
@@ -135,16 +145,21 @@ def profile_model(
     _check(count)
     tally = Tally(anatomy(model), examples, count, cooccurrence=cooccurrence)
     device = model.device
-    with (
-        evaluating(model),
-        tally.hooked(),
-        reporter.task("profiling", total=len(examples), unit="row") as task,
-    ):
-        for batch in tally.batches(batch_tokens or tokens_at_once(device.type)):
-            tally.begin(batch, device)
-            # The base model: no logits, which cost more than the experts do in a small model.
-            model.base_model(**batch.inputs(device))
-            task.advance(len(batch.rows), tokens=batch.tokens)
+    size = batch_tokens or tokens_at_once(device.type)
+    with as_one("profile") if split else nullcontext():
+        share = Share(rank(), processes()) if split else WHOLE
+        with (
+            evaluating(model),
+            tally.hooked(),
+            reporter.task("profiling", total=tally.rows(size, share), unit="row") as task,
+        ):
+            for batch in tally.batches(size, share):
+                tally.begin(batch, device)
+                # The base model: no logits, which cost more than the experts in a small model.
+                model.base_model(**batch.inputs(device))
+                task.advance(len(batch.rows), tokens=batch.tokens)
+        if split:
+            tally.add_up()
     return tally.scores(
         name or model.config._name_or_path or type(model).__name__,
         bytes_per_parameter or model.dtype.itemsize,

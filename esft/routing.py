@@ -21,6 +21,7 @@ from esft.scores import LayerScores
 
 HALVES = 2
 NOT_COUNTED = 2  # the half of tokens that are in neither
+PARTS = 32  # of a sample: processes share them out, each at most one
 
 
 class Watcher(Protocol):
@@ -39,10 +40,14 @@ class Watcher(Protocol):
 class RoutingSums:
     """Sums over the tokens of each half of a sample, in float64 on the devices of the layers.
 
+    They are kept apart by part of the sample until the end: sums of floats depend on their order,
+    and so they are the same to the last bit whichever processes counted which parts.
+
     Attributes:
-        by_layer: the sums by layer index: counts and gates, `[2, 3 * (E + 1)]`.
+        by_layer: the sums by layer index: counts and gates, `[PARTS, 2, 3 * (E + 1)]`.
         half_T: of the batch at hand: 0, 1, or `NOT_COUNTED` for each of its B*S tokens, `[T]`.
             Set it before each forward call inside `hooked`.
+        part: of the sample that the batch at hand is in, less than `PARTS`; likewise.
     """
 
     def __init__(self, layers: Sequence[MoeLayer], watchers: Sequence[Watcher] = ()) -> None:
@@ -50,6 +55,12 @@ class RoutingSums:
         self._watchers = watchers
         self.by_layer: dict[int, Tensor] = {}
         self.half_T = torch.zeros(0, dtype=torch.int64)
+        self.part = 0
+
+    def zeros(self, layer: MoeLayer, device: torch.device) -> Tensor:
+        """Return a layer's sums over nothing."""
+        shape = (PARTS, 2, (HALVES + 1) * (layer.num_experts + 1))
+        return torch.zeros(shape, dtype=torch.float64, device=device)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -81,11 +92,8 @@ class RoutingSums:
         slot_N = (half_T[:, None] * (E + 1) + column_TK).flatten()
         gate_N = weight.reshape(-1).to(torch.float64) / layer.gate_scale
         if layer.index not in self.by_layer:
-            shape = (2, (HALVES + 1) * (E + 1))
-            self.by_layer[layer.index] = torch.zeros(
-                shape, dtype=torch.float64, device=index.device
-            )
-        counts, gates = self.by_layer[layer.index]
+            self.by_layer[layer.index] = self.zeros(layer, index.device)
+        counts, gates = self.by_layer[layer.index][self.part]
         counts.scatter_add_(0, slot_N, torch.ones_like(gate_N))
         gates.scatter_add_(0, slot_N, gate_N)
         for watcher in self._watchers:
@@ -110,7 +118,7 @@ class RoutingSums:
             E, K = layer.num_experts, layer.top_k
             if layer.index not in self.by_layer:
                 raise ModelError(f"{layer.name}: never called; this family cannot be profiled")
-            bins = self.by_layer[layer.index].cpu().view(2, HALVES + 1, E + 1)
+            bins = _in_order(self.by_layer[layer.index].cpu()).view(2, HALVES + 1, E + 1)
             counts, gates = bins[:, list(halves)].sum(dim=1)
             chosen = int(counts.sum())
             if counts[E] and not layer.layout.others:
@@ -137,3 +145,11 @@ class RoutingSums:
                 gate=(gates[:E] / counted).tolist(),
             )
         return layers
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """Add parts up from the first to the last, which `sum` does not promise."""
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total += part
+    return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,24 @@ from esft.diagnostics import routing
 from esft.errors import DataError
 from esft.layer_scores import HalfScores, LayerScores
 from esft.moe import Anatomy
-from esft.routing import HALVES, NOT_COUNTED, RoutingSums, Watcher
+from esft.processes import summed
+from esft.routing import HALVES, NOT_COUNTED, PARTS, RoutingSums, Watcher
 from esft.scores import Scores
 from esft.selection_rule import DEFAULT_P
 from esft.stability import stability
 from esft.token_routing import TokenRouting
 
 COUNTS = ("all", "prompt", "completion")
+
+
+class Share(NamedTuple):
+    """What one of several processes takes of a sample."""
+
+    number: int
+    of: int
+
+
+WHOLE = Share(0, 1)
 
 
 @dataclass(frozen=True)
@@ -35,12 +46,14 @@ class Batch:
         ids: token ids, padded on the right, `[B, S]`, on the CPU.
         real: 1 where it is not padding, `[B, S]`.
         half: of each of the B*S tokens: 0, 1 or `NOT_COUNTED`, `[T]`.
+        part: of the sample that it is in, see `esft.routing.RoutingSums`.
     """
 
     rows: list[int]
     ids: Tensor
     real: Tensor
     half: Tensor
+    part: int
 
     @property
     def tokens(self) -> int:
@@ -89,13 +102,19 @@ class Tally:
         watchers: list[Watcher] = [self._by_token, *([self._pairs] if self._pairs else [])]
         self._sums = RoutingSums(found.layers, watchers)
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Yield the sample in batches of at most `size` padded tokens, but at least one row."""
-        lengths = [len(example.input_ids) for example in self._examples]
-        for rows in batches(lengths, size):
+    def batches(self, size: int, share: Share = WHOLE) -> Iterator[Batch]:
+        """Yield the sample in batches of at most `size` padded tokens, but at least one row.
+
+        Only those of a share of it, which may have none.
+        """
+        for part, rows in self._shared(size, share):
             ids, real = padded([self._examples[row].input_ids for row in rows])
             half = padded([self._halves[row] for row in rows], NOT_COUNTED)[0]
-            yield Batch(rows, ids, real, half.flatten())
+            yield Batch(rows, ids, real, half.flatten(), part)
+
+    def rows(self, size: int, share: Share = WHOLE) -> int:
+        """Return how many rows `batches` would yield."""
+        return sum(len(rows) for _, rows in self._shared(size, share))
 
     def hooked(self) -> AbstractContextManager[None]:
         """Count while the block runs, see `esft.routing.RoutingSums.hooked`."""
@@ -103,7 +122,7 @@ class Tally:
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         """Say which batch the model works on from now on."""
-        self._sums.half_T = batch.half.to(device)
+        self._sums.half_T, self._sums.part = batch.half.to(device), batch.part
         self._by_token.batch(batch.ids, batch.half)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,6 +136,24 @@ class Tally:
             for kind, counter in self._counters().items()
             for layer, tensor in counter.by_layer.items()
         }
+
+    def add_up(self) -> None:
+        """Take what all processes counted, each a share of the sample, for what was counted here.
+
+        Raises:
+            ElsewhereError, LostProcessError: see `esft.processes.together`.
+        """
+        nowhere = torch.device("cpu")
+        own = {
+            f"{kind}.{layer.index}": counter.by_layer.get(
+                layer.index, counter.zeros(layer, nowhere)
+            )
+            for kind, counter in self._counters().items()
+            for layer in self._found.layers
+        }
+        whole = dict(zip(own, summed(list(own.values()), "profile"), strict=True))
+        # What no process was called for is left out, as in one process.
+        self.restore({name: tensor for name, tensor in whole.items() if tensor.any()})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take sums of `tensors` for what was counted so far, in the place of what was."""
@@ -172,6 +209,14 @@ class Tally:
             },
             stability=stability(whole, parts, DEFAULT_P) if parts else {},
         )
+
+    def _shared(self, size: int, share: Share) -> Iterator[tuple[int, list[int]]]:
+        """Yield the batches of a share: the part that they are in, and the numbers of the rows."""
+        lengths = [len(example.input_ids) for example in self._examples]
+        for number, rows in enumerate(batches(lengths, size)):
+            part = number % PARTS
+            if part % share.of == share.number:
+                yield part, rows
 
     def _counters(self) -> dict[str, RoutingSums | TokenRouting | Cooccurrence]:
         pairs = {"pairs": self._pairs} if self._pairs else {}

@@ -53,6 +53,11 @@ class TokenRouting:
         self.by_layer: dict[int, Tensor] = {}
         self._place_P = self._row_P = torch.zeros(0, dtype=torch.int64)
 
+    def zeros(self, layer: MoeLayer, device: torch.device) -> Tensor:
+        """Return a layer's counts of nothing."""
+        cells = HALVES * len(self.token_ids) * (layer.num_experts + 1)
+        return torch.zeros(cells, dtype=torch.int32, device=device)
+
     def batch(self, ids_BS: Tensor, half_T: Tensor) -> None:
         """Say what comes next: token ids `[B, S]` and their halves `[B * S]`, on the CPU."""
         row_T = self._row_V[ids_BS.flatten()]
@@ -67,8 +72,7 @@ class TokenRouting:
         columns, device = layer.num_experts + 1, index_TK.device
         place_P, row_P = self._place_P.to(device), self._row_P.to(device)
         if layer.index not in self.by_layer:
-            cells = HALVES * len(self.token_ids) * columns
-            self.by_layer[layer.index] = torch.zeros(cells, dtype=torch.int32, device=device)
+            self.by_layer[layer.index] = self.zeros(layer, device)
         cell_N = (row_P[:, None] * columns + index_TK[place_P]).flatten()
         one_N = torch.ones((), dtype=torch.int32, device=device).expand(len(cell_N))
         self.by_layer[layer.index].scatter_add_(0, cell_N, one_N)

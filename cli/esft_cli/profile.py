@@ -52,28 +52,34 @@ def profile(
     """Score how much a task uses each expert of a model.
 
     Runs a sample of the data through the model, without training it. Next: esft select.
+
+    Launched by torchrun, several processes share the sample out.
     """
     import esft
     from esft.data.bad_rows import BadRows
     from esft.files import refuse_unwritable
+    from esft.processes import as_one, is_main
 
-    refuse_unwritable(out)
     bad_rows = BadRows(skip_bad)
-    scores = esft.profile(
-        model,
-        data_options.source(data, format_, split, config),
-        tokens=tokens,
-        seq_len=seq_len,
-        seed=seed,
-        count=count,
-        cooccurrence=cooccurrence,
-        bad_rows=bad_rows,
-        device=device,
-        dtype=dtype,
-        reporter=output.reporter(),
-    )
-    scores.write(out)
-    data_options.report_skipped(bad_rows, out.parent / "bad_rows.jsonl")
+    with as_one("profile"):
+        refuse_unwritable(out)
+        scores = esft.profile(
+            model,
+            data_options.source(data, format_, split, config),
+            tokens=tokens,
+            seq_len=seq_len,
+            seed=seed,
+            count=count,
+            cooccurrence=cooccurrence,
+            bad_rows=bad_rows,
+            device=device,
+            dtype=dtype,
+            reporter=output.reporter(),
+        )
+        if not is_main():
+            return
+        scores.write(out)
+        data_options.report_skipped(bad_rows, out.parent / "bad_rows.jsonl")
     if json:
         facts = {"model": scores.model, "sample": scores.sample, "stability": scores.stability}
         routing = {

@@ -82,6 +82,8 @@ class Sampler:
     def profile(self, model: PreTrainedModel, folder: Path) -> Scores:
         """Score the model's experts on the training rows, as `esft profile` does.
 
+        Several processes share the sample out.
+
         Args:
             model: without a selection attached.
             folder: the checkpoint that it was loaded from.
@@ -93,6 +95,7 @@ class Sampler:
             count=spec.count,
             name=self._recipe.model,
             bytes_per_parameter=stored_bytes(folder),
+            split=True,
             reporter=self._reporter,
         )
 
