@@ -7,11 +7,17 @@ parameter that could hold it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from esft_kernels.bank import frozen_ids, slot_map
+from esft_kernels.quantised import Quantised
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from esft.errors import ModelError
+from esft.quantising.stored import StoredWeight
 
 
 class TrainedExperts(nn.Module):
@@ -71,12 +77,38 @@ class TrainedExperts(nn.Module):
         self.low_rank[_key(name)] = factors
 
 
+@dataclass(frozen=True)
+class Split:
+    """A layer's stacks `[E, ...]`, cut in two by a selection of n experts.
+
+    Attributes:
+        chosen: name of the stack -> `[n, ...]`, in the selection's order.
+        rest: name of the stack -> `[E - n, ...]`, by ascending id. A stack may have more rows than
+            the layer has experts; those follow the last expert's.
+    """
+
+    chosen: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor | Quantised]
+
+    @classmethod
+    def of(cls, stacks: Mapping[str, Tensor], selected: list[int]) -> Self:
+        """Cut stacks, by copying; a layer without a selected expert keeps them as they are."""
+        chosen, rest = {}, {}
+        for name, stack in stacks.items():
+            ids = torch.tensor(selected, dtype=torch.int64, device=stack.device)
+            others = torch.tensor(frozen_ids(selected, stack.shape[0]), dtype=torch.int64)
+            stack = stack.detach()
+            chosen[name] = stack.index_select(0, ids)
+            rest[name] = stack.index_select(0, others.to(stack.device)) if selected else stack
+        return cls(chosen, rest)
+
+
 class AttachedExperts(TrainedExperts):
     """A layer's stacked expert weights, split by a selection into two banks.
 
     Attributes:
-        frozen: name of the stack -> `[E - n, ...]`, by ascending id. A stack may have more rows
-            than the layer has experts; those follow the last expert's.
+        frozen: name of the stack -> `[E - n, ...]`, as in `Split.rest`.
+        stored: likewise, of the stacks that are kept in few bits.
         slot: `[E]` int64, see `esft_kernels.ExpertBank`.
     """
 
@@ -84,30 +116,42 @@ class AttachedExperts(TrainedExperts):
 
     def __init__(
         self,
-        stacks: Mapping[str, Tensor],
+        split: Split,
         selected: list[int],
         param_dtype: torch.dtype | None,
         num_experts: int,
     ) -> None:
-        device = next(iter(stacks.values())).device
-        chosen = torch.tensor(selected, dtype=torch.int64, device=device)
-        super().__init__(
-            {name: stack.detach().index_select(0, chosen) for name, stack in stacks.items()},
-            selected,
-            param_dtype,
-        )
-        self.frozen = nn.ParameterDict()
-        for name, stack in stacks.items():
-            rest = torch.tensor(frozen_ids(selected, stack.shape[0]), dtype=torch.int64)
-            # A layer without a selected expert keeps its stack as it is, uncopied.
-            frozen = stack.detach().index_select(0, rest.to(device)) if selected else stack.detach()
-            self.frozen[_key(name)] = nn.Parameter(frozen, requires_grad=False)
+        super().__init__(split.chosen, selected, param_dtype)
+        self.frozen, self.stored = nn.ParameterDict(), nn.ModuleDict()
+        for name, rest in split.rest.items():
+            if isinstance(rest, Quantised):
+                self.stored[_key(name)] = StoredWeight(rest)
+            else:
+                self.frozen[_key(name)] = nn.Parameter(rest.detach(), requires_grad=False)
+        device = next(iter(split.chosen.values())).device
         self.register_buffer("slot", slot_map(selected, num_experts, device), persistent=False)
 
-    def rest(self, name: str) -> Tensor:
+    def rest(self, name: str) -> Tensor | Quantised:
         """Return a weight of the experts that do not train: `[E - n, ...]`."""
-        bank: Tensor = self.frozen[_key(name)]
+        if (key := _key(name)) in self.stored:
+            return self.stored[key].value  # type: ignore[return-value]
+        bank: Tensor = self.frozen[key]
         return bank
+
+    def whole_rest(self, name: str) -> Tensor:
+        """Return it as plain numbers, as loaded.
+
+        Raises:
+            ModelError: it is kept in few bits, which do not tell what was loaded.
+        """
+        rest = self.rest(name)
+        if isinstance(rest, Quantised):
+            raise ModelError(
+                f"{name}: the frozen experts are kept in {rest.kind} (frozen_dtype), so this "
+                f"model's weights cannot be saved or put back whole; save what trained as a delta, "
+                f"and merge that into the base"
+            )
+        return rest
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape that the stack had before it was split: `[E, ...]`."""
@@ -116,7 +160,7 @@ class AttachedExperts(TrainedExperts):
 
     def stacked(self, name: str) -> Tensor:
         """Return one stack in the experts' own order and the frozen bank's dtype: `[E, ...]`."""
-        frozen = self.rest(name).detach()
+        frozen = self.whole_rest(name).detach()
         trained = self.trained(name).detach().to(frozen.dtype)
         slot = slot_map(self.selected, self.shape(name)[0], frozen.device)
         return torch.cat([trained, frozen]).index_select(0, slot)
@@ -140,7 +184,7 @@ class ExpertStack:
     @property
     def dtype(self) -> torch.dtype:
         """What the family computes in."""
-        return self._banks.rest(self._name).dtype
+        return self._banks.whole_rest(self._name).dtype
 
     def refresh(self) -> None:
         """Cut the trainable bank for the forward pass to come."""
@@ -158,7 +202,7 @@ class ExpertStack:
         expert = int(expert)
         if expert in self._slot:
             return self._cut[self._slot[expert]].to(self.dtype)
-        return self._banks.rest(self._name)[self._frozen[expert]]
+        return self._banks.whole_rest(self._name)[self._frozen[expert]]
 
 
 def _key(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import SiLUActivation
 
-from esft.banks import AttachedExperts
+from esft.banks import AttachedExperts, Split
 from esft.layouts.layout import (
     Layout,
     Seen,
@@ -33,6 +33,8 @@ class GatedInputLayout(Layout):
     A token's input to an expert that it did not choose is zero there. While a selection is
     attached, the block runs the chosen experts only: `sum_k expert[k](w[t, k] * x[t])`.
     """
+
+    takes_blocks = True
 
     @classmethod
     def find(cls, name: str, modules: Mapping[str, nn.Module]) -> Self | None:
@@ -64,9 +66,11 @@ class GatedInputLayout(Layout):
 
         return router.register_forward_hook(chosen)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
+    def attach(
+        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
+    ) -> None:
         """See `Layout.attach`."""
-        split_stacks(self.experts, selected, param_dtype, self.num_experts)
+        split_stacks(self.experts, selected, param_dtype, self.num_experts, split)
         self.block.forward = MethodType(_block_forward, self.block)
 
     def detach(self) -> None:

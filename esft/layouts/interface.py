@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
-from esft.banks import AttachedExperts
+from esft.banks import AttachedExperts, Split
 from esft.errors import ModelError
 from esft.layouts.layout import (
     Layout,
@@ -36,6 +36,8 @@ class InterfaceLayout(Layout):
     That gives it the layout flags `is_transposed`, `is_concatenated`, `has_gate`, `has_bias`, and
     a forward pass that is looked up in a registry by a name in its config.
     """
+
+    takes_blocks = True
 
     @classmethod
     def find(cls, name: str, modules: Mapping[str, nn.Module]) -> Self | None:
@@ -74,10 +76,12 @@ class InterfaceLayout(Layout):
 
         return before_experts(self.experts, without_skips)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
+    def attach(
+        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
+    ) -> None:
         """See `Layout.attach`."""
         experts = self.experts
-        banks = split_stacks(experts, selected, param_dtype, self.num_experts)
+        banks = split_stacks(experts, selected, param_dtype, self.num_experts, split)
         # The interface dispatches on the module's config: with a copy of its own, this layer alone
         # changes, and the model's config keeps what the user asked for.
         banks.original_config = experts.config
@@ -104,7 +108,7 @@ class InterfaceLayout(Layout):
 def expert_bank(
     experts: nn.Module,
     trainable: Mapping[str, Tensor],
-    frozen: Mapping[str, Tensor],
+    frozen: Mapping[str, Any],
     slot: Tensor,
 ) -> ExpertBank:
     """Put two banks together as `moe_mlp` takes them, with the layout of the experts module.
@@ -112,7 +116,7 @@ def expert_bank(
     Args:
         experts: follows the experts interface.
         trainable: name of the stack -> `[n, ...]`.
-        frozen: name of the stack -> `[E - n, ...]`.
+        frozen: name of the stack -> `[E - n, ...]`, a tensor or a `Quantised`; biases are tensors.
         slot: `[E]` int64, see `esft_kernels.ExpertBank`.
     """
 
@@ -134,7 +138,8 @@ def attached_bank(experts: nn.Module) -> ExpertBank:
     """Return the banks of a module that has a selection attached."""
     banks: AttachedExperts = experts.esft  # type: ignore[assignment]
     trained = {name: banks.trained(name) for name in banks.names}
-    return expert_bank(experts, trained, dict(banks.frozen), banks.slot)
+    rest = {name: banks.rest(name) for name in banks.names}
+    return expert_bank(experts, trained, rest, banks.slot)
 
 
 def _whole_bank(experts: nn.Module) -> ExpertBank:

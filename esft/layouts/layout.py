@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esft.banks import AttachedExperts, TrainedExperts
+from esft.banks import AttachedExperts, Split, TrainedExperts
 from esft.errors import ModelError
 
 _GATE_SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
@@ -32,8 +32,10 @@ class Layout(ABC):
         others: whether the router may choose something that is none of them: the input itself, or
             nothing. Its ids are then outside 0 to E - 1.
         top_k: K, where neither the router nor the configuration tells it.
+        takes_blocks: whether frozen experts may be kept in few bits (`esft_kernels.quantised`).
     """
 
+    takes_blocks: ClassVar[bool] = False
     others: bool = False
     top_k: int | None = None
     router_names: ClassVar[tuple[str, ...]] = ("gate", "router")
@@ -83,8 +85,16 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
+    def attach(
+        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
+    ) -> None:
         """Split the experts' weights into trained and frozen ones; see `esft.experts.attach`.
+
+        Args:
+            selected: ids of the experts that train.
+            param_dtype: they train in.
+            split: the weights as they were read, where the model's own hold none (meta device);
+                only where `takes_blocks`.
 
         Raises:
             ModelError: the weights are not floats, one slice an expert.
@@ -198,11 +208,16 @@ def slices(stacks: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
 
 
 def split_stacks(
-    host: nn.Module, selected: list[int], param_dtype: torch.dtype | None, num_experts: int
+    host: nn.Module,
+    selected: list[int],
+    param_dtype: torch.dtype | None,
+    num_experts: int,
+    split: Split | None = None,
 ) -> AttachedExperts:
     """Replace a module's own stacks `[E, ...]` by two banks, as `host.esft`, and return these."""
     stacks = dict(host.named_parameters(recurse=False))
-    banks = AttachedExperts(stacks, selected, param_dtype, num_experts)
+    split = split or Split.of(stacks, selected)
+    banks = AttachedExperts(split, selected, param_dtype, num_experts)
     for name in stacks:
         del host._parameters[name]
     host.esft = banks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esft.banks import AttachedExperts
+from esft.banks import AttachedExperts, Split
 from esft.layouts.layout import (
     Layout,
     Seen,
@@ -46,9 +46,12 @@ class ProjectionLayout(Layout):
         """See `Layout.observe`."""
         return before_experts(self.experts, seen)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
+    def attach(
+        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
+    ) -> None:
         """See `Layout.attach`."""
-        banks = AttachedExperts(self._stacks(), selected, param_dtype, self.num_experts)
+        split = split or Split.of(self._stacks(), selected)
+        banks = AttachedExperts(split, selected, param_dtype, self.num_experts)
         del self.experts._parameters["weight"]
         self.experts.esft = banks
         banks.hooks = [show_stacks(self.experts)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esft.banks import AttachedExperts, ExpertStack
+from esft.banks import AttachedExperts, ExpertStack, Split
 from esft.layouts.layout import (
     Layout,
     Seen,
@@ -63,9 +63,12 @@ class StacksLayout(Layout):
         """See `Layout.observe`."""
         return before_experts(self.experts, seen)
 
-    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
+    def attach(
+        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
+    ) -> None:
         """See `Layout.attach`."""
-        banks = AttachedExperts(self._stacks(), selected, param_dtype, self.num_experts)
+        split = split or Split.of(self._stacks(), selected)
+        banks = AttachedExperts(split, selected, param_dtype, self.num_experts)
         self.host.esft = banks
         for path in self.paths:
             owner, name = _owner(self.experts, path)
