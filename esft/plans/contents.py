@@ -60,9 +60,13 @@ def _routed(share: float) -> Iterator[None]:
         middle = (round(N * share) if rest else N) if n else 0
         order, token = (topk_index.new_empty(N, dtype=torch.int64) for _ in range(2))
         offsets = topk_index.new_empty(bank.num_slots, dtype=torch.int32)
+        # Where the host asks, each expert of a bank has as many rows as another.
+        own, others = (
+            [m * i // c for i in range(1, c + 1)] for m, c in ((middle, n), (N - middle, rest))
+        )
         return Segments(
-            Segment(order[:middle], token[:middle], offsets[:n]),
-            Segment(order[middle:], token[middle:], offsets[n:]),
+            Segment(order[:middle], token[:middle], offsets[:n], own),
+            Segment(order[middle:], token[middle:], offsets[n:], others),
             topk_index.new_empty(topk_index.shape, dtype=torch.int64),
             complete=True,
         )

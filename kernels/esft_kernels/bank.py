@@ -8,6 +8,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esft_kernels.quantised.storage import Quantised
+
+
+@dataclass(frozen=True)
+class StoredMatrices:
+    """Matrices `[G, in, out]` in few bits, computed anew each time they are multiplied by.
+
+    Attributes:
+        stored: a frozen bank.
+        flipped: whether a matrix is the transpose of what is stored.
+    """
+
+    stored: Quantised
+    flipped: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[G, in, out]`."""
+        experts, *inner = self.stored.shape
+        return torch.Size([experts, *(reversed(inner) if self.flipped else inner)])
+
+    def __getitem__(self, expert: int) -> Tensor:
+        """Compute one matrix: `[in, out]`."""
+        return self.orient(self.stored[expert].dequantise())
+
+    def orient(self, dense: Tensor) -> Tensor:
+        """Return stored matrices, once dequantised, as they are multiplied by."""
+        return dense.transpose(-2, -1) if self.flipped else dense
+
+    def transpose(self, *_dimensions: int) -> StoredMatrices:
+        """Return the transposed matrices."""
+        return StoredMatrices(self.stored, not self.flipped)
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -15,13 +48,13 @@ class Matrices:
 
     Attributes:
         trainable: `[n, in, out]`, any strides.
-        frozen: `[E - n, in, out]`, a view of the frozen bank.
+        frozen: `[E - n, in, out]`, a view of the frozen bank; or its stored form.
         trainable_bias: `[n, out]`, contiguous, or None.
         frozen_bias: `[E - n, out]`, contiguous, or None.
     """
 
     trainable: Tensor
-    frozen: Tensor
+    frozen: Tensor | StoredMatrices
     trainable_bias: Tensor | None = None
     frozen_bias: Tensor | None = None
 
@@ -37,14 +70,15 @@ class Projection:
     Attributes:
         trainable: weights of the n selected experts, `[n, out, in]`, in any float dtype (fp32 by
             choice: small updates vanish in bf16). The only tensor that receives a gradient.
-        frozen: weights of the others, `[E - n, out, in]`; never copied.
+        frozen: weights of the others, `[E - n, out, in]`; never copied. Where they are quantised,
+            they are dequantised some experts at a time, and never kept.
         transposed: whether weights are stored `[.., in, out]` instead of `[.., out, in]`.
         trainable_bias: `[n, out]` or None.
         frozen_bias: `[E - n, out]` or None.
     """
 
     trainable: Tensor
-    frozen: Tensor
+    frozen: Tensor | Quantised
     transposed: bool = False
     trainable_bias: Tensor | None = None
     frozen_bias: Tensor | None = None
@@ -62,7 +96,12 @@ class Projection:
     def matrices(self) -> Matrices:
         """Cast the trainable bank to the frozen one's dtype; the frozen bank is never copied."""
         dtype = self.frozen.dtype
-        trainable, frozen = self.trainable.detach().to(dtype), self.frozen.detach()
+        trainable = self.trainable.detach().to(dtype)
+        frozen: Tensor | StoredMatrices
+        if isinstance(self.frozen, Quantised):
+            frozen = StoredMatrices(self.frozen, flipped=False)
+        else:
+            frozen = self.frozen.detach()
         if not self.transposed:
             trainable, frozen = trainable.transpose(-2, -1), frozen.transpose(-2, -1)
         biases = (self.trainable_bias, self.frozen_bias)

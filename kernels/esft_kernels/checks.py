@@ -7,6 +7,7 @@ from torch import Tensor
 
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import ExpertBank, Projection
+from esft_kernels.quantised.storage import Quantised
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FLOAT = "bfloat16, float16, float32 or float64"
@@ -53,7 +54,11 @@ def check(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) 
             f"an output of width {2 * down.in_features}, twice bank.down's input",
             bank.up.frozen,
         )
-    everything = {"topk_index": topk_index, "topk_weight": topk_weight, "bank.slot": slot}
+    everything: dict[str, Tensor | Quantised] = {
+        "topk_index": topk_index,
+        "topk_weight": topk_weight,
+        "bank.slot": slot,
+    }
     for name, projection in projections:
         everything |= {f"{name}.{key}": value for key, value in _tensors(projection).items()}
     for name, tensor in everything.items():
@@ -129,13 +134,13 @@ def _check_projection(name: str, projection: Projection, bank: ExpertBank) -> No
         raise ValueError(f"{name}: expected a bias in both banks or in neither")
 
 
-def _tensors(projection: Projection) -> dict[str, Tensor]:
+def _tensors(projection: Projection) -> dict[str, Tensor | Quantised]:
     names = ("trainable", "frozen", "trainable_bias", "frozen_bias")
     found = {name: getattr(projection, name) for name in names}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _expect(holds: bool, name: str, expected: str, got: Tensor) -> None:
+def _expect(holds: bool, name: str, expected: str, got: Tensor | Quantised) -> None:
     if not holds:
         raise ValueError(
             f"{name}: expected {expected}; got shape {list(got.shape)}, {got.dtype}, {got.device}"

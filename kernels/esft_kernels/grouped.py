@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from esft_kernels.bank import ExpertBank, Matrices, Projection
+from esft_kernels.bank import ExpertBank, Matrices, Projection, StoredMatrices
 from esft_kernels.checks import check_inner
+from esft_kernels.chunks import stored_linear
 from esft_kernels.grouped_mm import grouped_linear, grouped_outer
 from esft_kernels.segments import Segment, cut
 
@@ -42,17 +43,23 @@ class _Linear:
         self.bias = matrices.trainable_bias if trainable else matrices.frozen_bias
         self.transposed = projection.transposed
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        y = grouped_linear(x, self.weight, offsets)
-        return y if self.bias is None else y + self.bias[_group(offsets, x.shape[0])]
+    def forward(self, x: Tensor, segment: Segment) -> Tensor:
+        y = _multiply(x, self.weight, segment)
+        return y if self.bias is None else y + self.bias[_group(segment.offsets, x.shape[0])]
 
-    def input_grad(self, dy: Tensor, offsets: Tensor) -> Tensor:
-        return grouped_linear(dy, self.weight.transpose(-2, -1), offsets)
+    def input_grad(self, dy: Tensor, segment: Segment) -> Tensor:
+        return _multiply(dy, self.weight.transpose(-2, -1), segment)
 
-    def weight_grad(self, x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
+    def weight_grad(self, x: Tensor, dy: Tensor, segment: Segment) -> Tensor:
         if self.transposed:
-            return grouped_outer(x, dy, offsets)
-        return grouped_outer(dy, x, offsets)
+            return grouped_outer(x, dy, segment.offsets)
+        return grouped_outer(dy, x, segment.offsets)
+
+
+def _multiply(x: Tensor, weight: Tensor | StoredMatrices, segment: Segment) -> Tensor:
+    if isinstance(weight, StoredMatrices):
+        return stored_linear(x, weight, segment)
+    return grouped_linear(x, weight, segment.offsets)
 
 
 class _MoeMlp(torch.autograd.Function):
@@ -73,9 +80,9 @@ class _MoeMlp(torch.autograd.Function):
         zs, ys = [], []
         for trainable, segment in ((True, segments.selected), (False, segments.frozen)):
             rows = x.index_select(0, segment.token)
-            z = _Linear(ups, bank.up, trainable).forward(rows, segment.offsets)
+            z = _Linear(ups, bank.up, trainable).forward(rows, segment)
             a = check_inner(bank.activation(z), z, bank)
-            ys.append(_Linear(downs, bank.down, trainable).forward(a, segment.offsets))
+            ys.append(_Linear(downs, bank.down, trainable).forward(a, segment))
             zs.append(z)
         ctx.bank, ctx.segments = bank, segments
         # The frozen rows' z serves the gradients of x and of the gates only; x, the trainable
@@ -110,7 +117,7 @@ class _MoeMlp(torch.autograd.Function):
             gate = weight.index_select(0, segment.row)[:, None]
             # Before the gate: <dy, y> is the gate's gradient.
             dy = d_out.index_select(0, segment.token)
-            da = down.input_grad(dy, segment.offsets)
+            da = down.input_grad(dy, segment)
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
                 a = bank.activation(z)
@@ -124,16 +131,16 @@ class _MoeMlp(torch.autograd.Function):
             if trainable:
                 dy.mul_(gate)
                 if need_down:
-                    grads["down"] = down.weight_grad(a.detach(), dy, segment.offsets)
+                    grads["down"] = down.weight_grad(a.detach(), dy, segment)
                 if need_down_bias:
                     grads["down_bias"] = _group_sum(dy, segment.offsets)
                 if need_up:
                     rows = x.index_select(0, segment.token)
-                    grads["up"] = up.weight_grad(rows, dz, segment.offsets)
+                    grads["up"] = up.weight_grad(rows, dz, segment)
                 if need_up_bias:
                     grads["up_bias"] = _group_sum(dz, segment.offsets)
             if need_x:
-                dxs.append(up.input_grad(dz, segment.offsets))
+                dxs.append(up.input_grad(dz, segment))
 
         return (
             segments.sum_by_token(dxs) if need_x else None,

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from esft_kernels.bank import ExpertBank, Projection
 from esft_kernels.checks import check_inner
+from esft_kernels.chunks import StoredLinear
+from esft_kernels.quantised.storage import Quantised
 
 
 def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank) -> Tensor:
@@ -27,7 +29,11 @@ def _linear(x: Tensor, projection: Projection, slot: int) -> Tensor:
     n = projection.trainable.shape[0]
     trains = slot < n
     place = slot if trains else slot - n
-    weight = (projection.trainable if trains else projection.frozen)[place].to(x.dtype)
     bias = projection.trainable_bias if trains else projection.frozen_bias
-    y = x @ (weight if projection.transposed else weight.t())
+    bank = projection.trainable if trains else projection.frozen
+    if isinstance(bank, Quantised):
+        y = StoredLinear.apply(x, projection.matrices().frozen, place)
+    else:
+        weight = bank[place].to(x.dtype)
+        y = x @ (weight if projection.transposed else weight.t())
     return y if bias is None else y + bias[place].to(x.dtype)

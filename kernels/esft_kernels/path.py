@@ -10,7 +10,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from esft_kernels.bank import ExpertBank, Projection
+from esft_kernels.bank import ExpertBank
+from esft_kernels.quantised.storage import Quantised
 
 PATHS = ("naive", "grouped", "triton")
 VARIABLE = "ESFT_KERNELS"
@@ -60,15 +61,18 @@ def obstacle(x: Tensor, bank: ExpertBank) -> str | None:
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not among {', '.join(str(dtype) for dtype in _DTYPES)}"
     for name, projection in (("bank.up", bank.up), ("bank.down", bank.down)):
-        if not _same_layout(projection):
+        trainable, frozen = projection.trainable, projection.frozen
+        if isinstance(frozen, Quantised):
+            # What is multiplied by is dequantised into a buffer without gaps.
+            frozen = torch.empty(frozen.shape, dtype=frozen.dtype, device="meta")
+        if not _same_layout(trainable, frozen):
             return f"the two banks of {name} differ in memory layout"
-        if projection.frozen.stride(0) >= _LARGEST or projection.trainable.stride(0) >= _LARGEST:
+        if frozen.stride(0) >= _LARGEST or trainable.stride(0) >= _LARGEST:
             return f"an expert of {name} has 2^31 elements or more"
     return None
 
 
-def _same_layout(projection: Projection) -> bool:
-    trainable, frozen = projection.trainable, projection.frozen
+def _same_layout(trainable: Tensor, frozen: Tensor) -> bool:
     if trainable.shape[0] == 0 or frozen.shape[0] == 0:
         return True
     if trainable.dtype != frozen.dtype:

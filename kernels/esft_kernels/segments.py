@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,13 @@ class Segment:
         row: `[M]` int64, position of each row in the flattened `[T*K]` routing.
         token: `[M]` int64, the token that each row is a copy of.
         offsets: `[G]` int32, where each of the bank's G experts ends within these rows.
+        ends: the same, for the host.
     """
 
     row: Tensor
     token: Tensor
     offsets: Tensor
+    ends: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,9 @@ def cut(topk_index: Tensor, bank: ExpertBank) -> Segments:
     # Not by counting: `bincount` waits for the device to learn the highest slot.
     experts = torch.arange(slots, device=slot.device)
     offsets = torch.searchsorted(slot.index_select(0, order), experts, right=True)
-    first = offsets[num_selected - 1] if num_selected else torch.zeros_like(offsets[0])
-    bounds = flat.aminmax() if flat.numel() else (first, first)
-    least, most, middle, end = torch.stack([*bounds, first, offsets[-1]]).tolist()
+    bounds = torch.stack(flat.aminmax()) if flat.numel() else offsets.new_zeros(2)
+    least, most, *ends = torch.cat([bounds, offsets]).tolist()
+    middle, end = ends[num_selected - 1] if num_selected else 0, ends[-1]
     if least < -1 or most > E:
         raise bad_ids(topk_index, E)
     token = order.div(topk_index.shape[1], rounding_mode="floor")
@@ -97,8 +100,13 @@ def cut(topk_index: Tensor, bank: ExpertBank) -> Segments:
     place[order] = torch.arange(order.shape[0], device=order.device).clamp(max=end)
     offsets = offsets.to(torch.int32)
     return Segments(
-        Segment(order[:middle], token[:middle], offsets[:num_selected]),
-        Segment(order[middle:end], token[middle:end], offsets[num_selected:] - middle),
+        Segment(order[:middle], token[:middle], offsets[:num_selected], ends[:num_selected]),
+        Segment(
+            order[middle:end],
+            token[middle:end],
+            offsets[num_selected:] - middle,
+            [place - middle for place in ends[num_selected:]],
+        ),
         place.view(topk_index.shape),
         end == flat.shape[0],
     )

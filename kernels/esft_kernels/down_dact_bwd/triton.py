@@ -12,8 +12,8 @@ from torch import Tensor
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import Matrices
 from esft_kernels.blocks import expert_matrix, load_halves, multiply, store_halves, tile
+from esft_kernels.parts import parts
 from esft_kernels.rows import Rows
-from esft_kernels.strides import bank_strides
 
 
 def down_dact_bwd(
@@ -53,21 +53,20 @@ def down_dact_bwd(
     dz, gated = torch.empty_like(z), z.new_empty(N if n else 0, I)
     # Partial sums, added up in a fixed order: no atomics.
     d_weight = z.new_zeros(columns * config["SPLIT"], *weight.shape, dtype=torch.float32)
-    back = down.transpose()
-    _down_dact_bwd[(columns * rows.num_tiles,)](
-        d_out, back.trainable, back.frozen, z, weight, dz, gated, d_weight,
-        rows.token, rows.flat, rows.offsets, rows.tile_slot, rows.tile_row,
-        n, rows.num_slots if slots is None else slots, N,
-        H=H, I=I, **bank_strides(back), INTERLEAVED=activation.interleaved,
-        BM=rows.block_m, **config,
-    )  # fmt: skip
+    for part in parts(down.transpose(), rows, slots):
+        _down_dact_bwd[(columns * rows.num_tiles,)](
+            d_out, part.trainable, part.frozen, z, weight, dz, gated, d_weight,
+            rows.token, rows.flat, rows.offsets, rows.tile_slot, rows.tile_row, *part.slots, N,
+            H=H, I=I, **part.strides, INTERLEAVED=activation.interleaved,
+            BM=rows.block_m, **config,
+        )  # fmt: skip
     return dz, gated, d_weight.sum(0)
 
 
-@triton.jit(do_not_specialize=["n_sel", "slots", "N"])
+@triton.jit(do_not_specialize=["first", "n_sel", "end", "N"])
 def _down_dact_bwd(
     D_OUT, W_TRAIN, W_FROZEN, Z, WEIGHT, DZ, GATED, D_WEIGHT,
-    TOKEN, FLAT, OFFSETS, TILE_SLOT, TILE_ROW, n_sel, slots, N,
+    TOKEN, FLAT, OFFSETS, TILE_SLOT, TILE_ROW, first, n_sel, end, N,
     H: tl.constexpr, I: tl.constexpr,  # noqa: E741
     STRIDE_T: tl.constexpr, STRIDE_F: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -75,7 +74,7 @@ def _down_dact_bwd(
 ):  # fmt: skip
     pn, pm = tile(tl.cdiv(I, BN))
     slot = tl.load(TILE_SLOT + pm)
-    if slot >= slots:
+    if (slot < first) | (slot >= end):
         return
     row0 = tl.load(TILE_ROW + pm)
     loc = tl.arange(0, BM)
@@ -91,7 +90,7 @@ def _down_dact_bwd(
     DZ += base * (2 * I)
     GATED += base * I
     D_WEIGHT += pn.to(tl.int64) * SPLIT * N
-    trains = slot < n_sel
+    trains = slot < n_sel  # in a later part no slot is: each is at n_sel or above
     if SPLIT == 1:
         _through_swiglu(
             da, pn * BN, loc, row_mask, flat, weight, trains, Z, DZ, GATED, D_WEIGHT,

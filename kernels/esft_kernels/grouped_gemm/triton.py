@@ -10,8 +10,8 @@ from torch import Tensor
 
 from esft_kernels.bank import Matrices
 from esft_kernels.blocks import expert_matrix, multiply, tile
+from esft_kernels.parts import parts
 from esft_kernels.rows import Rows
-from esft_kernels.strides import bank_strides
 
 
 def grouped_gemm(
@@ -39,21 +39,22 @@ def grouped_gemm(
     out = matrices.frozen.shape[-1]
     y = x.new_empty(rows.flat.shape[0], out)
     has_bias = matrices.frozen_bias is not None
-    # Without a bias any pointer does: the kernel does not look.
-    biases = (matrices.trainable_bias, matrices.frozen_bias) if has_bias else (x, x)
-    _grouped_gemm[(triton.cdiv(out, config["BN"]) * rows.num_tiles,)](
-        x, matrices.trainable, matrices.frozen, *biases, y,
-        rows.token, rows.offsets, rows.tile_slot, rows.tile_row,
-        matrices.trainable.shape[0], rows.num_slots if slots is None else slots,
-        K=x.shape[1], N=out, **bank_strides(matrices),
-        GATHER=gather, BIAS=has_bias, BM=rows.block_m, **config,
-    )  # fmt: skip
+    for part in parts(matrices, rows, slots):
+        # Without a bias any pointer does: the kernel does not look.
+        biases = (part.trainable_bias, part.frozen_bias) if has_bias else (x, x)
+        _grouped_gemm[(triton.cdiv(out, config["BN"]) * rows.num_tiles,)](
+            x, part.trainable, part.frozen, *biases, y,
+            rows.token, rows.offsets, rows.tile_slot, rows.tile_row, *part.slots,
+            K=x.shape[1], N=out, **part.strides,
+            GATHER=gather, BIAS=has_bias, BM=rows.block_m, **config,
+        )  # fmt: skip
     return y
 
 
-@triton.jit(do_not_specialize=["n_sel", "slots"])
+@triton.jit(do_not_specialize=["first", "n_sel", "end"])
 def _grouped_gemm(
-    X, W_TRAIN, W_FROZEN, B_TRAIN, B_FROZEN, Y, TOKEN, OFFSETS, TILE_SLOT, TILE_ROW, n_sel, slots,
+    X, W_TRAIN, W_FROZEN, B_TRAIN, B_FROZEN, Y, TOKEN, OFFSETS, TILE_SLOT, TILE_ROW,
+    first, n_sel, end,
     K: tl.constexpr, N: tl.constexpr,
     STRIDE_T: tl.constexpr, STRIDE_F: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr,
     GATHER: tl.constexpr, BIAS: tl.constexpr,
@@ -61,7 +62,7 @@ def _grouped_gemm(
 ):  # fmt: skip
     pn, pm = tile(tl.cdiv(N, BN))
     slot = tl.load(TILE_SLOT + pm)
-    if slot >= slots:
+    if (slot < first) | (slot >= end):
         return
     row0 = tl.load(TILE_ROW + pm)
     loc = tl.arange(0, BM)

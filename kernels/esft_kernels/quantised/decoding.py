@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from esft_kernels.quantised.kinds import Kind
+from esft_kernels.quantised.kinds import KINDS, Kind
 from esft_kernels.quantised.packing import codes_of_bytes, look_up, unpack
 
 _PIECE = {"cpu": 2**18}
@@ -67,12 +65,13 @@ def _values(codes: Tensor, kind: Kind) -> Tensor:
     """Return what codes stand for: `[rows, C or more]` fp32, contiguous."""
     if kind.bits != 4:
         return unpack(codes, kind).float()
-    pairs = _pairs(kind.codebook or tuple(map(float, range(16))), codes.device)
-    return look_up(pairs, codes).view(torch.float32)
+    return look_up(_PAIRS[kind.name], codes).view(torch.float32)
 
 
-@functools.cache
-def _pairs(codebook: tuple[float, ...], device: torch.device) -> Tensor:
+def _pairs(kind: Kind) -> Tensor:
     """Return both values of each byte's two codes, as one number of 64 bits: `[256]`."""
-    values = torch.tensor(codebook)[codes_of_bytes(4, torch.device("cpu")).long()]
-    return values.view(torch.int64)[:, 0].to(device)
+    book = torch.tensor(kind.codebook or range(16), dtype=torch.float32)
+    return book[codes_of_bytes(4).long()].view(torch.int64)[:, 0]
+
+
+_PAIRS = {kind.name: _pairs(kind) for kind in KINDS.values() if kind.bits == 4}

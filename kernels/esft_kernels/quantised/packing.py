@@ -6,8 +6,6 @@ their high bits, eight to a byte. So each part is looked up by whole bytes.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,15 +61,14 @@ def look_up(table: Tensor, packed: Tensor) -> Tensor:
         `[rows, bytes]` in table's dtype, contiguous.
     """
     index = packed.reshape(-1).to(torch.int32)
-    return table.index_select(0, index).view(packed.shape)
+    return table.to(packed.device).index_select(0, index).view(packed.shape)
 
 
-@functools.cache
-def codes_of_bytes(bits: int, device: torch.device) -> Tensor:
+def codes_of_bytes(bits: int) -> Tensor:
     """Return the codes that each byte holds: `[256, 8 / bits]` int8."""
     shifts = torch.arange(8 - bits, -1, -bits)
     codes = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
-    return codes.to(torch.int8).to(device)
+    return codes.to(torch.int8)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -83,6 +80,12 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    whole = {4: torch.int16, 2: torch.int32, 1: torch.int64}[bits]  # all codes of a byte as one
-    table = codes_of_bytes(bits, packed.device).view(whole)[:, 0]
-    return look_up(table, packed).view(torch.int8)
+    return look_up(_TABLES[bits], packed).view(torch.int8)
+
+
+# All codes of a byte as one number. Made when imported, not when first needed: that may be while
+# PyTorch pretends.
+_TABLES = {
+    bits: codes_of_bytes(bits).view(whole)[:, 0]
+    for bits, whole in ((4, torch.int16), (2, torch.int32), (1, torch.int64))
+}

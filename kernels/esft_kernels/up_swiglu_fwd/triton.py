@@ -11,8 +11,8 @@ from torch import Tensor
 from esft_kernels.activation import SwiGLU
 from esft_kernels.bank import Matrices
 from esft_kernels.blocks import dot, expert_matrix, store_halves, tile
+from esft_kernels.parts import parts
 from esft_kernels.rows import Rows
-from esft_kernels.strides import bank_strides
 
 
 def up_swiglu_fwd(
@@ -33,18 +33,19 @@ def up_swiglu_fwd(
     N, H = rows.flat.shape[0], x.shape[1]
     I = up.frozen.shape[-1] // 2  # noqa: E741
     z, a = x.new_empty(N, 2 * I), x.new_empty(N, I)
-    _up_swiglu_fwd[(triton.cdiv(I, config["BN"]) * rows.num_tiles,)](
-        x, up.trainable, up.frozen, z, a,
-        rows.token, rows.offsets, rows.tile_slot, rows.tile_row,
-        up.trainable.shape[0], rows.num_slots,
-        H=H, I=I, **bank_strides(up), INTERLEAVED=activation.interleaved, BM=rows.block_m, **config,
-    )  # fmt: skip
+    for part in parts(up, rows):
+        _up_swiglu_fwd[(triton.cdiv(I, config["BN"]) * rows.num_tiles,)](
+            x, part.trainable, part.frozen, z, a,
+            rows.token, rows.offsets, rows.tile_slot, rows.tile_row, *part.slots,
+            H=H, I=I, **part.strides, INTERLEAVED=activation.interleaved,
+            BM=rows.block_m, **config,
+        )  # fmt: skip
     return z, a
 
 
-@triton.jit(do_not_specialize=["n_sel", "slots"])
+@triton.jit(do_not_specialize=["first", "n_sel", "end"])
 def _up_swiglu_fwd(
-    X, W_TRAIN, W_FROZEN, Z, A, TOKEN, OFFSETS, TILE_SLOT, TILE_ROW, n_sel, slots,
+    X, W_TRAIN, W_FROZEN, Z, A, TOKEN, OFFSETS, TILE_SLOT, TILE_ROW, first, n_sel, end,
     H: tl.constexpr, I: tl.constexpr,  # noqa: E741
     STRIDE_T: tl.constexpr, STRIDE_F: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -52,7 +53,7 @@ def _up_swiglu_fwd(
 ):  # fmt: skip
     pn, pm = tile(tl.cdiv(I, BN))
     slot = tl.load(TILE_SLOT + pm)
-    if slot >= slots:
+    if (slot < first) | (slot >= end):
         return
     row0 = tl.load(TILE_ROW + pm)
     loc = tl.arange(0, BM)
