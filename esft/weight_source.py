@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from esft.errors import ModelError
 from esft.loading import auto_class, guarded, load_config
@@ -95,6 +97,11 @@ class WeightSource:
 
         model = guarded(folder, build)
         model.name_or_path = model.config._name_or_path = str(folder)
+        if (folder / GENERATION_CONFIG_NAME).is_file() and model.can_generate():
+            # Which tokens end an answer may stand there, and nowhere else.
+            model.generation_config = guarded(
+                folder, lambda: GenerationConfig.from_pretrained(folder), "generation config"
+            )
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:

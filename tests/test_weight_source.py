@@ -100,6 +100,15 @@ def test_what_is_emptied_is_gone_and_can_be_put_again(tmp_path):
         assert torch.equal(tensor, tensors[name])
 
 
+def test_what_ends_an_answer_is_read_as_well(tmp_path):
+    folder = saved(tmp_path, "olmoe")
+    settings = {"eos_token_id": [3, 4], "max_new_tokens": 5}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    found = WeightSource.open(folder).model.generation_config
+    assert found.to_dict() == plain(folder).generation_config.to_dict()
+    assert found.eos_token_id == [3, 4]
+
+
 def test_all_bytes_of_the_files_are_counted_once(tmp_path):
     source = WeightSource.open(saved(tmp_path, "deepseek_v3"))
     payload = sum(
