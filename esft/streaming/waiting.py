@@ -1,0 +1,149 @@
+"""What batches hold between two layers: in memory, or beyond a budget in a memory-mapped file."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from esft.streaming.state_file import StateFile
+
+# A tensor's shape, dtype and sum of bits, as in JSON.
+Digest = list[object]
+
+
+class Place(Enum):
+    """Where a tensor lies while it waits."""
+
+    MEMORY = auto()
+    FILE = auto()
+    SHARED = auto()  # wherever another batch keeps the same
+
+
+@dataclass(frozen=True)
+class _Held:
+    tensor: weakref.ref[Tensor]  # dead when the model has let go of it
+    place: Place
+    digest: Digest
+    version: int  # changes with what is written into it
+
+
+class Waiting:
+    """The tensors that one batch holds, and where they lie.
+
+    Attributes:
+        in_memory: bytes of their storages that lie in memory and are not another batch's.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._held: dict[int, _Held] = {}
+        self.in_memory = 0
+
+    def stop(
+        self,
+        tensors: Sequence[Tensor],
+        budget: int,
+        file: StateFile | None,
+        written: Mapping[int, int],
+    ) -> None:
+        """Take what a pass waits with, in the place of what it waited with before.
+
+        What is new since then moves into the file if memory has no room for it. What has lain in
+        one of the two stays there: nothing is written twice.
+
+        Args:
+            tensors: each once, the layer's own input first.
+            budget: bytes that this batch may hold in memory.
+            file: takes the rest; None keeps everything in memory.
+            written: storages that the file has already: address -> place.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        borrowed = self._shared.share(tensors) if not self._held else set()
+        old = {key: held for key, held in self._held.items() if held.tensor() is not None}
+        self._held, self.in_memory = {}, 0
+        for address, views in _by_storage(tensors).items():
+            storage = views[0].untyped_storage()
+            place = next((old[id(view)].place for view in views if id(view) in old), None)
+            if address in borrowed:
+                place = Place.SHARED
+            if place is None:
+                fits = not storage.nbytes() or self.in_memory + storage.nbytes() <= budget
+                place = Place.MEMORY if file is None or fits else Place.FILE
+                if place is Place.FILE:
+                    assert file is not None
+                    start = written[address] if address in written else file.append(storage)
+                    moved = file.map(start, storage.nbytes())
+                    for view in views:
+                        _use(view, moved)
+            if place is Place.MEMORY:
+                self.in_memory += storage.nbytes()
+            for view in views:
+                self._held[id(view)] = _hold(view, place, old.get(id(view)))
+
+    def digests(self) -> list[Digest]:
+        """Return the digest of each tensor that waits."""
+        return [held.digest for held in self._held.values()]
+
+
+class Shared:
+    """Tensors that are the same for several batches, such as the masks of a length: kept once."""
+
+    def __init__(self) -> None:
+        self._kept: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+
+    def share(self, tensors: Sequence[Tensor]) -> set[int]:
+        """Let the tensors of a batch at its first stop use the storages of equal ones.
+
+        All but the first tensor, which the layer turns into something else; the others go to every
+        layer as they are.
+
+        Returns:
+            the addresses of storages that are other batches'.
+        """
+        borrowed = set()
+        for tensor in tensors[1:]:
+            if not tensor.numel() or _address(tensor) == _address(tensors[0]):
+                continue
+            key = f"{digest(tensor)} {tensor.stride()} {tensor.storage_offset()}"
+            kept = self._kept.setdefault(key, tensor)
+            if kept is not tensor and torch.equal(kept, tensor):
+                _use(tensor, kept.untyped_storage())
+                borrowed.add(_address(tensor))
+        return borrowed
+
+
+def digest(tensor: Tensor) -> Digest:
+    """Return a tensor's shape, dtype and the sum of its bits, which other values hardly share."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    whole = flat.numel() // 4 * 4
+    words = flat[:whole] if flat.storage_offset() % 4 == 0 else flat[:whole].clone()
+    total = words.view(torch.int32).sum(dtype=torch.int64) + flat[whole:].sum(dtype=torch.int64)
+    return [list(tensor.shape), str(tensor.dtype), int(total)]
+
+
+def _hold(view: Tensor, place: Place, old: _Held | None) -> _Held:
+    same = old is not None and old.version == view._version
+    sum_ = old.digest if old is not None and same else digest(view)
+    return _Held(weakref.ref(view), place, sum_, view._version)
+
+
+def _use(tensor: Tensor, storage: torch.UntypedStorage) -> None:
+    tensor.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _by_storage(tensors: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+    groups: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(_address(tensor), []).append(tensor)
+    return groups
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
