@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # binds its name in the package, which would hide a function of the same name.
 _HOME = {
     "EsftError": "esft.errors",
+    "ExpertMemory": "esft.offload.expert_memory",
     "Interrupted": "esft.run.interruption",
     "SaveDelta": "esft.delta_callback",
     "Scores": "esft.scores",
@@ -46,6 +47,7 @@ _HOME = {
 
 __all__ = [
     "EsftError",
+    "ExpertMemory",
     "Interrupted",
     "SaveDelta",
     "Scores",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from esft.merging import merge, verify
     from esft.moe import inspect
     from esft.official import import_official
+    from esft.offload.expert_memory import ExpertMemory
     from esft.planning import plan
     from esft.previewing import preview_data
     from esft.profiling import profile

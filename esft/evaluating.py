@@ -12,13 +12,14 @@ from esft.data.encode import encode_rows
 from esft.data.rows import read_rows
 from esft.data.sources import Source
 from esft.errors import DataError
-from esft.inference import load
+from esft.inference import opened
 from esft.loading import load_tokenizer
 from esft.locating import resolve
 from esft.measures.domains import domains
 from esft.measures.general import domain_losses, mean
 from esft.measures.metric import check_metrics
 from esft.measures.task import Task, TaskScores
+from esft.offload.expert_memory import ExpertMemory
 from esft.progress import SILENT, Reporter
 
 
@@ -28,9 +29,12 @@ class Evaluated(TaskScores):
 
     Attributes:
         general: loss on each other domain, in nats a token; None if none was given.
+        offload: figures of the experts that were fetched, see
+            `esft.offload.figures.OffloadFigures.to_dict`; None if all were in memory.
     """
 
     general: dict[str, float] | None = None
+    offload: dict[str, Any] | None = None
 
     @property
     def general_loss(self) -> float | None:
@@ -39,9 +43,12 @@ class Evaluated(TaskScores):
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description, without the answers."""
-        if not self.general:
-            return super().to_dict()
-        return super().to_dict() | {"general": self.general, "general_loss": self.general_loss}
+        found = super().to_dict()
+        if self.general:
+            found |= {"general": self.general, "general_loss": self.general_loss}
+        if self.offload is not None:
+            found["offload"] = self.offload
+        return found
 
 
 def evaluate(
@@ -58,6 +65,7 @@ def evaluate(
     dtype: str = "auto",
     batch_tokens: int = 4096,
     max_rows: int | None = None,
+    expert_memory: str | int | ExpertMemory | None = None,
     bad_rows: BadRows = STRICT,
     reporter: Reporter = SILENT,
 ) -> Evaluated:
@@ -77,6 +85,8 @@ def evaluate(
         dtype: see `esft.loading.pick_dtype`.
         batch_tokens: see `esft.evaluation.score_rows`.
         max_rows: score only the first rows of the set, and of each other domain.
+        expert_memory: bytes that the routed experts may take, such as `2GB`, or an `ExpertMemory`;
+            None has them all in memory.
         bad_rows: collects rows that cannot be used, if any may be skipped.
         reporter: shows progress.
 
@@ -91,6 +101,7 @@ def evaluate(
     if max_rows is not None and max_rows < 1:
         raise DataError(f"--max-rows {max_rows}: expected at least 1")
     check_metrics(metrics, allow_code=allow_code, where="--metric")
+    memory = None if expert_memory is None else ExpertMemory.of(expert_memory)
     # First: a bad line shows at once, loading takes a while.
     rows = read_rows(data, bad_rows=bad_rows, reporter=reporter)[:max_rows]
     others = {
@@ -112,12 +123,23 @@ def evaluate(
         allow_code=allow_code,
         code_seconds=code_seconds,
     )
-    loaded, _ = load(model, delta=delta, device=device, dtype=dtype)
-    found = task.score(loaded, batch_tokens=batch_tokens, reporter=reporter)
-    losses = domain_losses(
-        loaded,
-        dict(zip(others, other_examples, strict=True)),
-        batch_tokens=batch_tokens,
+    with opened(
+        model,
+        delta=delta,
+        device=device,
+        dtype=dtype,
+        expert_memory=memory,
         reporter=reporter,
+    ) as (loaded, _):
+        found = task.score(loaded, batch_tokens=batch_tokens, reporter=reporter)
+        losses = domain_losses(
+            loaded,
+            dict(zip(others, other_examples, strict=True)),
+            batch_tokens=batch_tokens,
+            reporter=reporter,
+        )
+    return Evaluated(
+        **vars(found),
+        general=losses or None,
+        offload=None if memory is None else memory.figures.to_dict(),
     )
-    return Evaluated(**vars(found), general=losses or None)

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from esft.data.batching import batches
 from esft.data.encode import encode_prompt
 from esft.errors import DataError, EsftError
-from esft.inference import load
+from esft.inference import opened
+from esft.offload.expert_memory import ExpertMemory
 from esft.progress import SILENT, Reporter
 
 # Layers that give a token what it gets alone, whatever padding is left of it.
@@ -33,6 +34,8 @@ def generate(
     device: str | None = None,
     dtype: str = "auto",
     chat: bool = False,
+    expert_memory: str | int | ExpertMemory | None = None,
+    reporter: Reporter = SILENT,
 ) -> str:
     """Load a model and return its answer to a prompt.
 
@@ -47,24 +50,34 @@ def generate(
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
         dtype: see `esft.loading.pick_dtype`.
         chat: put the prompt into the model's chat template.
+        expert_memory: bytes that the routed experts may take, such as `2GB`, or an `ExpertMemory`,
+            whose figures then say how it went; None has them all in memory.
+        reporter: told where the experts are, if not in memory.
 
     Raises:
         EsftError: a number is out of range; `DataError` if the prompt cannot be used.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or its experts only as a whole.
         DeltaError: the delta is damaged.
         CheckError: the delta was made from another base.
     """
     _check(prompt, max_new_tokens, temperature)
-    loaded, tokenizer = load(model, delta=delta, device=device, dtype=dtype)
-    return generate_text(
-        loaded,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-    )
+    with opened(
+        model,
+        delta=delta,
+        device=device,
+        dtype=dtype,
+        expert_memory=expert_memory,
+        reporter=reporter,
+    ) as (loaded, tokenizer):
+        return generate_text(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+        )
 
 
 def generate_text(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from esft.delta import attach_delta
 from esft.errors import ModelError
 from esft.loading import load_model, load_tokenizer
 from esft.locating import resolve
+from esft.offload.expert_memory import ExpertMemory
+from esft.offload.opening import close_offloaded, open_offloaded
+from esft.progress import SILENT, Reporter
 
 
 def load(
@@ -40,6 +45,50 @@ def load(
     if delta is not None:
         loaded = attach_delta(loaded, folder, Path(delta))
     return loaded, tokenizer
+
+
+@contextmanager
+def opened(
+    model: str | Path,
+    *,
+    delta: str | Path | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    expert_memory: str | int | ExpertMemory | None = None,
+    reporter: Reporter = SILENT,
+) -> Iterator[tuple[PreTrainedModel, Any]]:
+    """Load a model and its tokenizer for what is done in the block; arguments as for `load`.
+
+    Args:
+        model: see `load`.
+        delta: see `load`.
+        device: see `load`.
+        dtype: see `load`.
+        expert_memory: bytes for the routed experts, `2GB`, or more said of them: then they are
+            fetched when they are needed, see `esft.offload.opening`. None loads all.
+        reporter: told where the experts are.
+
+    Raises:
+        EsftError: the memory is too little, or no number; else as `load`.
+    """
+    if expert_memory is None:
+        yield load(model, delta=delta, device=device, dtype=dtype)
+        return
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    loaded = open_offloaded(
+        folder,
+        ExpertMemory.of(expert_memory),
+        delta=None if delta is None else Path(delta),
+        device=device,
+        dtype=dtype,
+        reporter=reporter,
+    )
+    try:
+        check_vocabulary(tokenizer, loaded, folder)
+        yield loaded, tokenizer
+    finally:
+        close_offloaded(loaded)
 
 
 def check_vocabulary(tokenizer: Any, model: PreTrainedModel, folder: Path) -> None:

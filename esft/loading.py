@@ -87,18 +87,7 @@ def load_model(
     folder = resolve(model)
     place = pick_device(device)
     chosen = pick_dtype(dtype, place)
-    config = load_config(folder)
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{folder}: {config.model_type} is an encoder-decoder; esft's commands profile, train "
-            f"and score models that read a text and go on with it. inspect, merge and verify work, "
-            f"and so do esft.attach and esft.pairs.profile_pairs on a model in memory"
-        )
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{folder}: holds a PEFT adapter (adapter_config.json), which transformers would mix "
-            f"in; merge it into its base first"
-        )
+    config = check_loadable(folder)
     loaded, info = guarded(
         folder,
         lambda: auto_class(config).from_pretrained(
@@ -118,6 +107,27 @@ def load_model(
             f"{missing[0]}; it is incomplete or of another architecture"
         )
     return loaded.eval()
+
+
+def check_loadable(folder: Path) -> Any:
+    """Return a checkpoint's configuration, if it is one that esft's commands can run.
+
+    Raises:
+        ModelError: it is an encoder-decoder, has an adapter mixed in, or cannot be read.
+    """
+    config = load_config(folder)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{folder}: {config.model_type} is an encoder-decoder; esft's commands profile, train "
+            f"and score models that read a text and go on with it. inspect, merge and verify work, "
+            f"and so do esft.attach and esft.pairs.profile_pairs on a model in memory"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: holds a PEFT adapter (adapter_config.json), which transformers would mix "
+            f"in; merge it into its base first"
+        )
+    return config
 
 
 def load_skeleton(model: str | Path) -> PreTrainedModel:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
 from esft.delta import Delta, read_delta
+from esft.delta_experts import held_experts, value_of
 from esft.errors import DeltaError, ModelError, nearest
 from esft.layouts.interface import InterfaceLayout, expert_bank
 from esft.locating import resolve
 from esft.moe import MoeLayer, moe_layers
-from esft.names import Part, layer_parts
+from esft.names import layer_parts
 from esft.shards import open_checkpoint
 
 if TYPE_CHECKING:
@@ -270,7 +271,9 @@ def _expert_weights(
     found = {}
     for layer in layers:
         places = layer_parts(model, layer)
-        ids = sorted({e for group in places.values() for part in group for e in _held(part, delta)})
+        ids = sorted(
+            {e for group in places.values() for part in group for e in held_experts(part, delta)}
+        )
         stacks = {}
         for stack, slices in layer.layout.weights().items():
             weights = (
@@ -278,10 +281,10 @@ def _expert_weights(
             )
             for part in places[stack]:
                 left.difference_update(part.names)
-                held = set(_held(part, delta))
+                held = set(held_experts(part, delta))
                 for place, expert in enumerate(ids):
                     if expert in held:
-                        part.write(weights[place], _value(part, delta, expert))
+                        part.write(weights[place], value_of(part, delta, expert))
             stacks[stack] = weights
         found[layer.index] = ids, stacks
     if left:
@@ -291,23 +294,3 @@ def _expert_weights(
             f"delta instead"
         )
     return found
-
-
-def _held(part: Part, delta: Delta) -> list[int]:
-    """Return the experts whose numbers of a part a delta has."""
-    if not part.fused:
-        return [expert for expert, name in enumerate(part.names) if name in delta.entries]
-    (name,) = part.names
-    if name not in delta.entries:
-        return []
-    rows = delta.rows.get(name)
-    return list(range(delta.entries[name].shape[0]) if rows is None else rows)
-
-
-def _value(part: Part, delta: Delta, expert: int) -> Tensor:
-    """Read an expert's numbers of a part."""
-    value = delta.tensor(part.name(expert))
-    if not part.fused:
-        return value
-    rows = delta.rows.get(part.name(expert))
-    return value[expert if rows is None else rows.index(expert)]

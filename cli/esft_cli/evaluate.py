@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from esft_cli import data_options, output
+from esft_cli import data_options, offload_options, output
 
 if TYPE_CHECKING:
     from esft.evaluating import Evaluated
@@ -63,6 +63,9 @@ def evaluate(
     skip_bad: data_options.SkipBad = 0,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
+    expert_memory: offload_options.Memory = None,
+    expert_bits: offload_options.Bits = None,
+    speculate: offload_options.Speculate = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the figures there, as JSON.")
     ] = None,
@@ -80,7 +83,10 @@ def evaluate(
     from esft.data.bad_rows import BadRows
     from esft.files import write_json
 
+    memory = offload_options.expert_memory(expert_memory, expert_bits, speculate)
     if harness is not None:
+        if memory is not None:
+            raise typer.BadParameter("not with --harness", param_hint="--expert-memory")
         from esft.measures.harness import evaluate_harness
 
         scores = evaluate_harness(
@@ -98,7 +104,7 @@ def evaluate(
         _print_harness(scores, json)
         return
     assert data is not None
-    bad_rows = BadRows(skip_bad)
+    bad_rows, reporter = BadRows(skip_bad), output.reporter()
     found = esft.evaluate(
         model,
         data_options.source(data, format_, split, config),
@@ -111,9 +117,12 @@ def evaluate(
         dtype=dtype,
         batch_tokens=batch_tokens,
         max_rows=max_rows,
+        expert_memory=memory,
         bad_rows=bad_rows,
-        reporter=output.reporter(),
+        reporter=reporter,
     )
+    if memory is not None:
+        reporter.note(memory.figures.summary())
     data_options.report_skipped(bad_rows)
     if out is not None:
         write_json(out, found.to_dict())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from esft_cli import output
+from esft_cli import offload_options, output
 
 
 def generate(
@@ -28,12 +28,17 @@ def generate(
     ] = False,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
+    expert_memory: offload_options.Memory = None,
+    expert_bits: offload_options.Bits = None,
+    speculate: offload_options.Speculate = None,
     trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
     """Print a model's answer to a prompt."""
     import esft
 
+    memory = offload_options.expert_memory(expert_memory, expert_bits, speculate)
+    reporter = output.reporter()
     text = esft.generate(
         model,
         prompt,
@@ -44,8 +49,13 @@ def generate(
         device=device,
         dtype=dtype,
         chat=chat,
+        expert_memory=memory,
+        reporter=reporter,
     )
+    if memory is not None:
+        reporter.note(memory.figures.summary())
     if json:
-        output.print_json({"prompt": prompt, "text": text})
+        offload = {} if memory is None else {"offload": memory.figures.to_dict()}
+        output.print_json({"prompt": prompt, "text": text} | offload)
     else:
         print(text)

@@ -43,9 +43,9 @@ OPTIONS = {
     "import": "adapter --base --out --config --json",
     "eval": "model --data --harness --harness-path --delta --metric --max-new-tokens --general "
     "--answers --allow-code --max-rows --batch-tokens --format --split --config --skip-bad "
-    "--device --dtype --out --trust-remote-code --json",
+    "--device --dtype --expert-memory --expert-bits --speculate --out --trust-remote-code --json",
     "generate": "model --prompt --delta --max-new-tokens --temperature --seed --chat --device "
-    "--dtype --trust-remote-code --json",
+    "--dtype --expert-memory --expert-bits --speculate --trust-remote-code --json",
     "mask": "model --data --top --scores --metric --draws --seed --delta --max-rows --batch-tokens "
     "--format --split --config --skip-bad --device --dtype --trust-remote-code --json",
     "report": "path --out --selection --json",
