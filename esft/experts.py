@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esft.banks import TrainedExperts
 from esft.errors import ModelError, SelectionError
-from esft.masters import add_masters, remove_masters
+from esft.masters import add_masters, remove_masters, said_dtypes
 from esft.moe import MoeLayer, moe_layers
 from esft.progress import SILENT, Reporter
 from esft.selection import Selection
@@ -103,13 +103,14 @@ def attach(
             f"asked for ({', '.join(parts.names) or 'none'})"
         )
     model.requires_grad_(False)
+    said = said_dtypes(model)  # the first parameter may soon be an expert's, in fp32
     experts = {} if selection is None else selection.experts
     for layer in layers:
         layer.layout.attach(experts.get(layer.index, []), param_dtype)
     state: Any = _AttachedParts(
         selection,
         parts,
-        add_masters(model, names if param_dtype else [], param_dtype or torch.float32),
+        add_masters(model, names if param_dtype else [], param_dtype or torch.float32, said),
     )
     model.esft_parts = state
     for parameter in part_parameters(model).values():

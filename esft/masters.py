@@ -13,7 +13,7 @@ class, so that taking it off one of them breaks the others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
+def said_dtypes(model: nn.Module) -> dict[PreTrainedModel, torch.dtype]:
+    """Return what each model in a model says that it computes in: its first parameter's dtype."""
+    return {m: m.dtype for m in model.modules() if isinstance(m, PreTrainedModel)}
+
+
 def add_masters(
-    model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype
+    model: PreTrainedModel,
+    names: Iterable[str],
+    dtype: torch.dtype,
+    said: Mapping[PreTrainedModel, torch.dtype] | None = None,
 ) -> RemovableHandle:
     """Widen parameters to a dtype; their modules go on computing in the one that they had.
 
@@ -34,12 +42,13 @@ def add_masters(
         model: changed in place.
         names: of parameters; of tied ones, all.
         dtype: of the masters.
+        said: what the models in it go on saying that they compute in; default what they say now.
 
     Returns:
         what `remove_masters` needs.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    said = {m: m.dtype for m in model.modules() if isinstance(m, PreTrainedModel)}
+    said = said_dtypes(model) if said is None else said
     narrow: dict[nn.Parameter, torch.dtype] = {}
     owned: dict[Any, dict[str, torch.dtype]] = {}
     for name in names:

@@ -44,7 +44,7 @@ def _reaches_the_next_row(model: Any) -> bool:
         return embedded[-1]
 
     embeddings = model.get_input_embeddings()
-    device = embeddings.weight.device
+    device = model.device
     ids = torch.arange(2 * _ROW, device=device).remainder(embeddings.num_embeddings)
     places = torch.arange(_ROW, device=device).repeat(2)
     was_training = model.training

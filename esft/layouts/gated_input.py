@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import SiLUActivation
 
-from esft.banks import AttachedExperts, Split
+from esft.banks import AttachedExperts
 from esft.layouts.layout import (
     Layout,
     Seen,
@@ -66,11 +66,9 @@ class GatedInputLayout(Layout):
 
         return router.register_forward_hook(chosen)
 
-    def attach(
-        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
-    ) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
-        split_stacks(self.experts, selected, param_dtype, self.num_experts, split)
+        split_stacks(self.experts, selected, param_dtype, self.num_experts)
         self.block.forward = MethodType(_block_forward, self.block)
 
     def detach(self) -> None:

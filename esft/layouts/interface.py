@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
-from esft.banks import AttachedExperts, Split
+from esft.banks import AttachedExperts
 from esft.errors import ModelError
 from esft.layouts.layout import (
     Layout,
@@ -76,12 +76,10 @@ class InterfaceLayout(Layout):
 
         return before_experts(self.experts, without_skips)
 
-    def attach(
-        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
-    ) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
         experts = self.experts
-        banks = split_stacks(experts, selected, param_dtype, self.num_experts, split)
+        banks = split_stacks(experts, selected, param_dtype, self.num_experts)
         # The interface dispatches on the module's config: with a copy of its own, this layer alone
         # changes, and the model's config keeps what the user asked for.
         banks.original_config = experts.config

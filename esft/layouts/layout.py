@@ -14,6 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from esft.banks import AttachedExperts, Split, TrainedExperts
 from esft.errors import ModelError
 
+UNREAD = "esft_unread"
+"""Of a module whose stacks are on the meta device: reads them, split by the selected experts' ids.
+
+A model with frozen experts in few bits is loaded so (`esft.quantising.checkpoint`)."""
+
 _GATE_SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 
 # Called with what a router chose for T tokens: expert ids and weights, `[T, K]` or `[B, S, K]`.
@@ -85,16 +90,8 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def attach(
-        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
-    ) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """Split the experts' weights into trained and frozen ones; see `esft.experts.attach`.
-
-        Args:
-            selected: ids of the experts that train.
-            param_dtype: they train in.
-            split: the weights as they were read, where the model's own hold none (meta device);
-                only where `takes_blocks`.
 
         Raises:
             ModelError: the weights are not floats, one slice an expert.
@@ -208,15 +205,12 @@ def slices(stacks: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
 
 
 def split_stacks(
-    host: nn.Module,
-    selected: list[int],
-    param_dtype: torch.dtype | None,
-    num_experts: int,
-    split: Split | None = None,
+    host: nn.Module, selected: list[int], param_dtype: torch.dtype | None, num_experts: int
 ) -> AttachedExperts:
     """Replace a module's own stacks `[E, ...]` by two banks, as `host.esft`, and return these."""
     stacks = dict(host.named_parameters(recurse=False))
-    split = split or Split.of(stacks, selected)
+    read: Callable[[list[int]], Split] | None = host.__dict__.pop(UNREAD, None)
+    split = Split.of(stacks, selected) if read is None else read(selected)
     banks = AttachedExperts(split, selected, param_dtype, num_experts)
     for name in stacks:
         del host._parameters[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esft.banks import Split, TrainedExperts
+from esft.banks import TrainedExperts
 from esft.errors import ModelError
 from esft.layouts.layout import Layout, Seen, beside, is_a, parent
 
@@ -84,11 +84,8 @@ class ModulesLayout(Layout):
 
         return self.router.register_forward_hook(hook)
 
-    def attach(
-        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
-    ) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
-        assert split is None  # it takes no blocks
         chosen = [self._expert(expert) for expert in selected]
         names = [name for name, _ in chosen[0].named_parameters()] if chosen else []
         stacks = {

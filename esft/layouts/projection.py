@@ -46,11 +46,9 @@ class ProjectionLayout(Layout):
         """See `Layout.observe`."""
         return before_experts(self.experts, seen)
 
-    def attach(
-        self, selected: list[int], param_dtype: torch.dtype | None, split: Split | None = None
-    ) -> None:
+    def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
-        split = split or Split.of(self._stacks(), selected)
+        split = Split.of(self._stacks(), selected)
         banks = AttachedExperts(split, selected, param_dtype, self.num_experts)
         del self.experts._parameters["weight"]
         self.experts.esft = banks

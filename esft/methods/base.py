@@ -13,6 +13,7 @@ from esft.fingerprint import Fingerprint
 from esft.manifest import read_manifest
 from esft.merging import merge
 from esft.moe import trainable_parameters
+from esft.trained_parts import TrainedParts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +40,11 @@ class Method(ABC):
     def adapter(self) -> dict[str, int] | None:
         """What is to be told of an adapter, once prepared, see `esft.run.result.RunResult`."""
         return None
+
+    @property
+    def trained_parts(self) -> TrainedParts:
+        """What trains beside routed experts, where it is their parts that the method trains."""
+        return TrainedParts()
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> nn.Module:

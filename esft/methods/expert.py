@@ -13,6 +13,7 @@ from esft.fingerprint import Fingerprint
 from esft.loading import DTYPES
 from esft.methods.base import Method
 from esft.progress import SILENT, Reporter
+from esft.trained_parts import TrainedParts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,11 @@ class ExpertMethod(Method):
         self.parts = {} if spec is None else spec.parts
         self.param_dtype = DTYPES[param_dtype]
         self.reporter = reporter
+
+    @property
+    def trained_parts(self) -> TrainedParts:
+        """See `Method.trained_parts`."""
+        return TrainedParts.of(self.selection, **self.parts)
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         """Attach the selection. See `esft.experts.attach`."""

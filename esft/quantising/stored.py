@@ -13,6 +13,16 @@ from torch import Tensor, nn
 from esft.errors import ModelError
 
 
+def stored_weights(model: nn.Module) -> dict[str, StoredWeight]:
+    """Return what a model keeps in few bits, by path; tied weights once."""
+    by_place = {
+        module.value.codes.data_ptr() or id(module): (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, StoredWeight)
+    }
+    return dict(by_place.values())
+
+
 class StoredWeight(nn.Module):
     """Holds a `Quantised`, so that `model.to(...)` finds its tensors.
 
@@ -34,6 +44,16 @@ class StoredWeight(nn.Module):
         """The weight, wherever it is now; its tensors are not copied."""
         buffers: dict[str, Any] = dict(self.named_buffers())
         return replace(self._outline, **buffers)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.value.nbytes
+
+    @property
+    def whole_nbytes(self) -> int:
+        """What it would take as loaded."""
+        return self.shape.numel() * self._outline.dtype.itemsize
 
     @property
     def shape(self) -> torch.Size:

@@ -1,0 +1,85 @@
+"""The base that a run starts from: loaded as it is, or with its frozen weights in few bits."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esft.loading import load_model
+from esft.progress import SILENT, Reporter
+from esft.quantising.checkpoint import load_quantised
+from esft.quantising.stored import stored_weights
+from esft.recipe_sections import Recipe
+from esft.report import numerals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from esft.methods import Method
+
+
+class BaseModel:
+    """A run's base, in memory once: its own weights where those are asked for, then what trains.
+
+    Args:
+        recipe: of the run.
+        folder: of the checkpoint.
+        device: see `esft.loading.pick_device`.
+        check: refuses a model that this run cannot train; called once, with the first one that
+            can run.
+        reporter: told what few bits save.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        device: str | None,
+        check: Callable[[PreTrainedModel], None],
+        reporter: Reporter = SILENT,
+    ) -> None:
+        self._recipe, self._folder, self._device = recipe, folder, device
+        self._check, self._reporter = check, reporter
+        self._exact: PreTrainedModel | None = None
+        self._checked = False
+
+    def exact(self) -> PreTrainedModel:
+        """Return the model with its own weights; scores are of these, and LoRA's rank."""
+        if self._exact is None:
+            self._exact = load_model(self._folder, device=self._device, dtype=self._recipe.dtype)
+            self._check_once(self._exact)
+        return self._exact
+
+    def to_train(self, method: Method) -> PreTrainedModel:
+        """Return the model for the method to prepare; what `exact` returned is not used any more.
+
+        Where frozen experts are in few bits, it cannot run before that.
+        """
+        kinds = self._recipe.frozen.kinds
+        if not kinds:
+            return self.exact()
+        self._exact = None  # both need not fit
+        gc.collect()
+        parts, dtype = method.trained_parts, self._recipe.dtype
+        return load_quantised(self._folder, kinds, parts, device=self._device, dtype=dtype)
+
+    def prepared(self, model: PreTrainedModel) -> None:
+        """Check the model that the method has prepared, if its base could not be, and tell of it.
+
+        Args:
+            model: it can run now.
+        """
+        self._check_once(model)
+        if weights := stored_weights(model).values():
+            small = sum(weight.nbytes for weight in weights)
+            whole = sum(weight.whole_nbytes for weight in weights)
+            sizes = f"{numerals.size(whole)} of frozen weights take {numerals.size(small)}"
+            self._reporter.note(f"frozen_dtype: {sizes}")
+
+    def _check_once(self, model: PreTrainedModel) -> None:
+        if not self._checked:
+            self._check(model)
+            self._checked = True
