@@ -14,8 +14,8 @@ from esft_kernels.grouped_mm import grouped_linear
 from esft_kernels.quantised.storage import Quantised
 from esft_kernels.segments import Segment
 
-SCRATCH_BYTES = {"cpu": 2**22}
-"""Of dequantised experts at a time: on a CPU what its caches hold (`kernels/bench/README.md`)."""
+SCRATCH_BYTES = {"cpu": 2**24}
+"""Of dequantised experts at a time: more is hardly faster (`kernels/bench/README.md`)."""
 _LARGE_SCRATCH_BYTES = 2**28
 """On other devices: enough rows to keep one busy, at a fraction of a large layer's bank."""
 

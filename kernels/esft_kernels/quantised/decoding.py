@@ -35,20 +35,15 @@ def decode(
     step = max(1, _PIECE.get(out.device.type, _LARGE_PIECE) // columns)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
-        target = out[piece]
-        # A whole number of 7 bits times a scale of 8 digits is rounded to bf16 once either way.
-        direct = kind.bits == 8 and target.dtype == torch.bfloat16
-        values = target.copy_(codes[piece]) if direct else _values(codes[piece], kind)[:, :columns]
+        values = _values(codes[piece], kind)[:, :columns]
         shifts = None if offset is None else offset[piece]
         for part, blocks in _blocks(columns, block):
             weights = values[:, part].unflatten(1, (-1, min(block, part.stop - part.start)))
-            scales = scale[piece, blocks, None].to(weights.dtype)
-            weights.mul_(scales)
+            weights.mul_(scale[piece, blocks, None].float())
             if shifts is not None:
                 # The product, of at most 12 digits, was exact: a fused sum gives the same.
                 weights.add_(shifts[:, blocks, None].float())
-        if not direct:
-            target.copy_(values)
+        out[piece] = values
 
 
 def _blocks(columns: int, block: int) -> list[tuple[slice, slice]]:

@@ -11,7 +11,7 @@ from esft_kernels.quantised.kinds import SCALES, Kind
 
 # How much of a block's range the search starts from: the fewer codes, the less an outlier is worth.
 # Found on normal and on Student's t blocks; a wrong start costs accuracy, never correctness.
-_START = {4: 0.9, 3: 0.8, 2: 0.65}
+_START = {4: 0.95, 3: 0.85, 2: 0.7}
 _STEPS = 3
 
 
