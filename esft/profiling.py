@@ -18,13 +18,24 @@ from esft.data.row import Row
 from esft.data.rows import read_rows
 from esft.data.sources import Source
 from esft.errors import DataError
-from esft.loading import load_config, load_model, load_skeleton, load_tokenizer
+from esft.loading import (
+    load_config,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
 from esft.locating import resolve
 from esft.moe import anatomy, moe_layers, text_config
-from esft.processes import as_one, rank
+from esft.plans.memory_size import memory_bytes
+from esft.processes import as_one, is_main, rank
 from esft.processes import count as processes
 from esft.progress import SILENT, Reporter
 from esft.scores import Scores
+from esft.streaming.available import too_large
+from esft.streaming.partial import Partial, partial_folder
+from esft.streaming.profiled import profile_streamed
 from esft.tally import COUNTS, WHOLE, Share, Tally
 
 if TYPE_CHECKING:
@@ -36,6 +47,7 @@ SEQ_LEN = 4096
 # Padded tokens in a batch: enough to keep the machine busy.
 _BATCH_TOKENS = {"cpu": 8192}
 _BATCH_TOKENS_GPU = 32_768
+_ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 _ROWS_ENCODED = 1000  # at a time, until the sample has its tokens
 
 
@@ -52,6 +64,9 @@ def profile(
     bad_rows: BadRows = STRICT,
     device: str | None = None,
     dtype: str = "auto",
+    stream: bool | None = None,
+    hidden_memory: str | int | None = None,
+    out: str | Path | None = None,
     reporter: Reporter = SILENT,
 ) -> Scores:
     """Score how much a task uses each routed expert of a model.
@@ -70,13 +85,22 @@ def profile(
         bad_rows: collects rows that cannot be used, if any may be skipped.
         device: `cpu`, `cuda:0`, ...; None picks a GPU if there is one.
         dtype: of the weights in memory, see `esft.loading.pick_dtype`.
+        stream: whether to have only two layers in memory at a time, read from disk as they are
+            needed; the scores are the same. None does so where the weights would not fit.
+        hidden_memory: while streaming, what the sample may take in memory between two layers,
+            `4GB`; the rest waits in a file. None takes a quarter of the free memory.
+        out: also write the scores to this file. A streamed profile keeps what is done beside it,
+            in `OUT.partial/`, until then; if it is interrupted, the next call goes on from there.
         reporter: shown the progress.
 
     Raises:
         ModelError: the model cannot be loaded, is dense, or is of a family that cannot be profiled.
         DataError: the data cannot be read (`file:line: reason`), or no token counts.
+        OutputError: a file cannot be written.
+        EsftError: `hidden_memory` is no amount of memory.
     """
     _check(count, tokens, seq_len)
+    hidden = None if hidden_memory is None else memory_bytes(hidden_memory, "--hidden-memory")
     source = data if isinstance(data, Source) else Source(str(data))
     rows = read_rows(source, bad_rows=bad_rows, reporter=reporter)
     folder = resolve(model)
@@ -92,19 +116,39 @@ def profile(
         seed=seed,
         bad_rows=bad_rows,
     )
-    loaded = load_model(folder, device=device, dtype=dtype)
-    scores = profile_model(
-        loaded,
-        examples,
-        count=count,
-        cooccurrence=cooccurrence,
-        name=str(model),
-        bytes_per_parameter=stored_bytes(folder),
-        split=True,
-        reporter=reporter,
-    )
+    common: dict[str, Any] = {
+        "count": count,
+        "cooccurrence": cooccurrence,
+        "name": str(model),
+        "bytes_per_parameter": stored_bytes(folder),
+        "reporter": reporter,
+    }
+    place = pick_device(device)
+    if stream is None:
+        stream = too_large(skeleton, pick_dtype(dtype, place), place, reporter)
+    if stream:
+        scores = profile_streamed(
+            folder,
+            examples,
+            batch_tokens=tokens_at_once(place.type),
+            share=Share(rank(), processes()),
+            device=place,
+            dtype=pick_dtype(dtype, place),
+            hidden_memory=hidden,
+            partial=None if out is None else partial_folder(Path(out)),
+            **common,
+        )
+    else:
+        loaded = aligned(load_model(folder, device=device, dtype=dtype))
+        scores = profile_model(loaded, examples, split=True, **common)
     drawn = {"data": source.path, "seq_len": seq_len, "seed": seed}
-    return replace(scores, sample=scores.sample | drawn)
+    scores = replace(scores, sample=scores.sample | drawn)
+    if out is not None:
+        if is_main():
+            scores.write(Path(out))
+        if stream:
+            Partial.remove(partial_folder(Path(out)))
+    return scores
 
 
 def profile_model(
@@ -204,6 +248,18 @@ def sample_rows(
 def context_length(model: PreTrainedModel, seq_len: int) -> int:
     """Return `seq_len`, or the most tokens that the model can take if that is less."""
     return min(seq_len, getattr(text_config(model), "max_position_embeddings", seq_len))
+
+
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """Let every weight on the CPU begin where the allocator would put it, one after another.
+
+    Weights in the dtype of their file are views of it, wherever they lie in there, and a product's
+    last bit can depend on that.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def tokens_at_once(device: str) -> int:

@@ -46,6 +46,23 @@ def profile(
     skip_bad: data_options.SkipBad = 0,
     device: output.Device = None,
     dtype: output.Dtype = "auto",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read one layer after another from disk, to the same scores; by itself where the "
+            "weights would not fit in memory.",
+            show_default=False,
+        ),
+    ] = None,
+    hidden_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4GB",
+            help="While streaming, what the sample may take in memory between two layers; the "
+            "rest waits in a file. A quarter of what is free by itself.",
+        ),
+    ] = None,
     trust_remote_code: output.TrustRemoteCode = False,
     json: output.Json = False,
 ) -> None:
@@ -74,11 +91,13 @@ def profile(
             bad_rows=bad_rows,
             device=device,
             dtype=dtype,
+            stream=stream,
+            hidden_memory=hidden_memory,
+            out=out,
             reporter=output.reporter(),
         )
         if not is_main():
             return
-        scores.write(out)
         data_options.report_skipped(bad_rows, out.parent / "bad_rows.jsonl")
     if json:
         facts = {"model": scores.model, "sample": scores.sample, "stability": scores.stability}

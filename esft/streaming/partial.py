@@ -22,6 +22,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from esft import processes
 from esft.errors import EsftError
 from esft.files import explain_write_errors, read_json, remove_folder, write_bytes, write_json
 from esft.run.lock import hold
@@ -29,6 +30,12 @@ from esft.streaming.state_file import StateFile
 
 STATE = "state.json"
 FORMAT = 1
+
+
+def partial_folder(out: Path) -> Path:
+    """Return where a process keeps what it has done of a profile that goes to `out`."""
+    process = f"-{processes.rank()}-of-{processes.count()}" if processes.count() > 1 else ""
+    return out.with_name(f"{out.name}.partial{process}")
 
 
 @dataclass(frozen=True)

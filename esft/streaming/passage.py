@@ -90,10 +90,13 @@ class Passages:
 
     Attributes:
         layers: of the model.
+        head: of the language model; a pass that comes to it has nothing left to do, and waits as
+            if for one more layer.
         current: the pass that runs or is about to.
     """
 
     layers: Sequence[DecoderLayer]
+    head: nn.Module | None
     current: Passage | None = field(default=None)
 
     def resume(self, passage: Passage) -> None:
@@ -104,14 +107,14 @@ class Passages:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Let passes stop before the layers while the block runs."""
-        handles = []
+        stops = [(layer.module, layer.index) for layer in self.layers]
+        stops += [(self.head, len(self.layers))] if self.head is not None else []
+        handles = [
+            module.register_forward_pre_hook(self._stop_before(index), with_kwargs=True)
+            for module, index in stops
+        ]
         for layer in self.layers:
-            handles += [
-                layer.module.register_forward_pre_hook(
-                    self._stop_before(layer.index), with_kwargs=True
-                ),
-                layer.module.register_forward_hook(self._note_output),
-            ]
+            handles.append(layer.module.register_forward_hook(self._note_output))
             layer.module.forward = self._skipping(layer.module.forward)
         try:
             yield

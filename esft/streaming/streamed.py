@@ -123,7 +123,7 @@ class _Run:
         self._layers = decoder_layers(source.model, source.layers)
         self._last = max(layer.index for layer in self._layers if layer.moe)
         self._weights = Weights(source, self._layers, device)
-        self._passages = Passages(self._layers)
+        self._passages = Passages(self._layers, source.model.get_output_embeddings())
         shared = Shared()
         self._travellers = [
             _Traveller(batch, Passage(bound(self._forward, batch)), Waiting(shared))

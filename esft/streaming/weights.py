@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,9 @@ class Weights:
     """Brings the weights of decoder layers one after another, and others when they are called.
 
     A thread reads the next layer while one computes: weights of at most two are in memory. What
-    stands outside the layers (embeddings, norms) is read when its module is called, so what text
-    never reaches, the head of a language model or an encoder of images, is never read.
+    stands outside the layers (embeddings, norms) is read when its module or the one around it is
+    called, so what text never reaches, the head of a language model or an encoder of images, is
+    never read.
 
     Attributes:
         read_bytes: bytes of the checkpoint that were read so far.
@@ -29,10 +31,13 @@ class Weights:
         self, source: WeightSource, layers: Sequence[DecoderLayer], device: torch.device
     ) -> None:
         self._source, self._layers, self._device = source, layers, device
+        self._parameters = {name for name, _ in source.model.named_parameters()}
         self._reader = ThreadPoolExecutor(1, "esft-reader")
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._loaded: dict[nn.Module, tuple[str, ...]] = {}
-        self._calls: dict[nn.Module, int] = {}
+        self._outside = self._find_outside()
+        self._loaded: set[nn.Module] = set()
+        self._running: Counter[nn.Module] = Counter()
+        self._done: set[nn.Module] = set()
         self.read_bytes = 0
 
     @contextmanager
@@ -43,11 +48,13 @@ class Weights:
                 if buffer is not None and buffer.device.type != "meta":
                     buffers[name] = buffer.to(self._device)
         handles = []
-        for module, names in self._outside().items():
-            handles += [
-                module.register_forward_pre_hook(self._fetching(names)),
-                module.register_forward_hook(self._left),
-            ]
+        inside = {module for layer in self._layers for module in layer.module.modules()}
+        for module in self._source.model.modules():
+            if module not in inside:
+                handles += [
+                    module.register_forward_pre_hook(self._fetch),
+                    module.register_forward_hook(self._leave),
+                ]
         try:
             yield
         finally:
@@ -59,8 +66,10 @@ class Weights:
 
     def begin(self) -> None:
         """Drop what only the way to the first layer needed: the embeddings."""
-        for module in [module for module in self._loaded if not self._calls[module]]:
-            self._source.empty(self._loaded.pop(module))
+        for module in self._loaded & self._done:
+            if not self._running[module]:
+                self._source.empty(self._outside[module])
+                self._loaded.discard(module)
 
     def bring(self, index: int, *, ahead: bool = True) -> None:
         """Wait for a layer's weights and let the model have them; begin to read the next one's.
@@ -100,34 +109,41 @@ class Weights:
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
         self.read_bytes += self._source.stored_bytes(tensors)
+        there = {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
+        # As in a loaded model, also without gradients: matmul looks at this when it chooses how to
+        # multiply, and the last bit depends on it.
         self._source.put(
-            {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+            {
+                name: nn.Parameter(t, t.is_floating_point()) if name in self._parameters else t
+                for name, t in there.items()
+            }
         )
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # the pinned ones go now
 
-    def _outside(self) -> dict[nn.Module, tuple[str, ...]]:
+    def _find_outside(self) -> dict[nn.Module, tuple[str, ...]]:
         """Return the modules outside the layers that have weights of their own, and these."""
-        model, known = self._source.model, set(self._source.names)
-        stored = model.state_dict(keep_vars=True)
+        known = set(self._source.names)
+        stored = self._source.model.state_dict(keep_vars=True)
         names = {id(tensor): name for name, tensor in stored.items() if name in known}
         inside = {module for layer in self._layers for module in layer.module.modules()}
+        head = self._source.model.get_output_embeddings()  # nobody asks it
         found = {}
-        for module in model.modules():
+        for module in self._source.model.modules():
             own = [*module._parameters.values(), *module._buffers.values()]
             weights = tuple(names[id(tensor)] for tensor in own if id(tensor) in names)
-            if weights and module not in inside:
+            if weights and module not in inside and module is not head:
                 found[module] = weights
         return found
 
-    def _fetching(self, names: tuple[str, ...]) -> Callable[..., None]:
-        def fetch(module: nn.Module, _args: Any) -> None:
-            self._calls[module] = self._calls.get(module, 0) + 1
-            if module not in self._loaded:
-                self._put(self._read(names))
-                self._loaded[module] = names
+    def _fetch(self, module: nn.Module, _args: Any) -> None:
+        self._running[module] += 1
+        # Its children's as well: some code asks a weight where it is before it calls its module.
+        for needed in (module, *module.children()):
+            if needed in self._outside and needed not in self._loaded:
+                self._put(self._read(self._outside[needed]))
+                self._loaded.add(needed)
 
-        return fetch
-
-    def _left(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        self._calls[module] -= 1
+    def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        self._running[module] -= 1
+        self._done.add(module)

@@ -27,7 +27,8 @@ OPTIONS = {
     "init": "name --out --json",
     "inspect": "model --trust-remote-code --json",
     "profile": "model --data --out --tokens --seq-len --seed --count --cooccurrence --format "
-    "--split --config --skip-bad --device --dtype --trust-remote-code --json",
+    "--split --config --skip-bad --device --dtype --stream --hidden-memory "
+    "--trust-remote-code --json",
     "select": "scores --out --metric --p --cover --mass --round --preset --top-n --budget "
     "--group --layers --random --random-from --json",
     "compare": "recipe --out --methods --seeds --learning-rates --sweep --jobs --set --dry-run "
