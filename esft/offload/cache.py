@@ -98,8 +98,10 @@ class ExpertCache:
                 kept.move_to_end(expert)
                 use(expert, kept[expert])
             for expert in staged:
-                self._use_fetched(layer, expert, self._staged[layer, expert], use)
-                del self._staged[layer, expert]
+                try:
+                    self._use_fetched(layer, expert, self._staged[layer, expert], use)
+                finally:
+                    del self._staged[layer, expert]
             while missing or asked:
                 self._ask(layer, missing, asked)
                 expert = next(iter(asked))

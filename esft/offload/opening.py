@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Offloaded:
-    """What runs beside a model whose experts are elsewhere. Lives at its `esft_offloaded`."""
+    """What runs beside a model whose experts are elsewhere. Lives at its `esft_offload`."""
 
     def __init__(
         self, store: ExpertStore, cache: ExpertCache, speculation: Speculation, hooks: Iterable[Any]
@@ -113,10 +113,10 @@ def open_offloaded(
 
 def close_offloaded(model: Any) -> None:
     """Give back what a model of `open_offloaded` took; nothing to do for another model."""
-    offloaded: Offloaded | None = getattr(model, "esft_offloaded", None)
+    offloaded: Offloaded | None = getattr(model, "esft_offload", None)
     if offloaded is not None:
         offloaded.close()
-        del model.esft_offloaded
+        del model.esft_offload
 
 
 def expert_names(source: WeightSource) -> set[str]:
@@ -169,7 +169,7 @@ def _install(
     for place, layer in enumerate(layers):
         install(layer, OffloadedLayer(place, layer.num_experts, cache, speculation))
     model: Any = source.model
-    model.esft_offloaded = Offloaded(store, cache, speculation, _clock(model, figures))
+    model.esft_offload = Offloaded(store, cache, speculation, _clock(model, figures))
 
 
 def _clock(model: PreTrainedModel, figures: OffloadFigures) -> Iterable[Any]:
