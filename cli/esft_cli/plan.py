@@ -104,7 +104,12 @@ def _print(found: Plan) -> None:
     console = output.console()
     console.print(_model(found))
     _print_run(found)
-    for name, rows in (("several processes", _processes(found)), ("time", _time(found))):
+    tables = {
+        "without training": _inference(found),
+        "several processes": _processes(found),
+        "time": _time(found),
+    }
+    for name, rows in tables.items():
         if rows:
             table = output.table(f"\n{name}", "", "")
             for row in rows:
@@ -172,6 +177,7 @@ def _rows(cases: list[Case]) -> Iterator[tuple[str, list[str]]]:
         "activations and the rest": "activations",
         "most while training": "training",
         "most while scoring experts": "profiling",
+        "most while scoring rows": "evaluation",
         "peak memory": "peak",
     }
     for label, name in memory.items():
@@ -193,6 +199,19 @@ def _rows(cases: list[Case]) -> Iterator[tuple[str, list[str]]]:
 
 def _range(case: Case) -> str:
     return str(case.most) if case.fewest == case.most else f"{case.fewest} to {case.most}"
+
+
+def _inference(found: Plan) -> list[tuple[str, str]]:
+    model = found.inference
+    least, usual = output.size(model.least), output.size(model.recommended)
+    return [
+        ("esft profile", output.size(model.profiling)),
+        ("esft profile --stream", output.size(model.streaming)),
+        ("esft eval", output.size(model.evaluation)),
+        ("esft generate", output.size(model.generation)),
+        (f"  --expert-memory {least}, the least", output.size(model.generation_least)),
+        (f"  --expert-memory {usual}, recommended", output.size(model.generation_recommended)),
+    ]
 
 
 def _processes(found: Plan) -> list[tuple[str, str]]:
@@ -222,6 +241,9 @@ def _time(found: Plan) -> list[tuple[str, str]]:
 def _print_fit(found: Fit) -> None:
     console = output.console()
     console.print(f"\n{found.verdict}", soft_wrap=True)
+    if found.streams is not None:
+        how = "one layer at a time (--stream)" if found.streams else "with the model in memory"
+        console.print(f"esft profile: {how}", soft_wrap=True)
     if not found.changes:
         return
     table = output.table("", "change, with those above", "--set", "peak>", "fits")

@@ -10,8 +10,9 @@ from esft.data.example import IGNORED
 from esft.data.packing import TrainSet
 from esft.errors import EsftError
 from esft.loading import load_tokenizer
+from esft.plans.scored import Scored, plan_scored
 from esft.recipe_sections import Recipe
-from esft.run.task_data import prepare
+from esft.run.task_data import TaskData, prepare
 
 _DEFAULT_ROWS = 8  # transformers' per_device_train_batch_size
 _DEFAULT_EPOCHS = 3
@@ -31,6 +32,7 @@ class Batch:
         steps: optimizer steps of the run; None where the rows are not known.
         measured: whether this is what the rows say; else what is the most that could be.
         words: where it comes from.
+        scored: what is scored while the run trains, and once it has; None for nothing.
     """
 
     rows: int
@@ -41,6 +43,7 @@ class Batch:
     steps: int | None
     measured: bool
     words: str
+    scored: Scored | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,8 +66,9 @@ def plan_batch(recipe: Recipe, folder: Path) -> Batch:
     rows = training.get("per_device_train_batch_size") or _DEFAULT_ROWS
     accumulated = training.get("gradient_accumulation_steps") or 1
     steps = training.get("max_steps", -1)
-    found, why = _train_set(recipe, folder)
-    if found is None:
+    task, why = _task_data(recipe, folder)
+    scored = plan_scored(recipe, task)
+    if task is None:
         length = recipe.data.max_length
         return Batch(
             rows=rows,
@@ -75,7 +79,9 @@ def plan_batch(recipe: Recipe, folder: Path) -> Batch:
             steps=steps if steps > 0 else None,
             measured=False,
             words=f"assumed: every row full, every token with a label ({why})",
+            scored=scored,
         )
+    found = task.train_set
     labelled = sorted((_labelled(found, item) for item in range(len(found))), reverse=True)
     if steps <= 0:
         epochs = training.get("num_train_epochs", _DEFAULT_EPOCHS)
@@ -90,20 +96,25 @@ def plan_batch(recipe: Recipe, folder: Path) -> Batch:
         steps=steps,
         measured=True,
         words=f"the heaviest of {len(found):,} {'blocks' if found.packed else 'rows'}",
+        scored=scored,
     )
 
 
-def _train_set(recipe: Recipe, folder: Path) -> tuple[TrainSet | None, str]:
-    """Return the training rows in tokens, or why they are not looked at."""
+def _task_data(recipe: Recipe, folder: Path) -> tuple[TaskData | None, str]:
+    """Return a run's rows in tokens, or why they are not looked at."""
     sources = [Path(source.path) for source in recipe.data.sources("train")]
     absent = next((path for path in sources if not path.is_file()), None)
     if absent is not None:
         return None, f"{absent} is no file here"
     if sum(path.stat().st_size for path in sources) > _READ_AT_MOST:
         return None, f"the rows have more than {_READ_AT_MOST // 10**6} MB"
-    data = recipe.data.model_copy(update={"eval": None})
     try:
-        return prepare(data, load_tokenizer(folder)).train_set, ""
+        tokenizer = load_tokenizer(folder)
+        try:
+            return prepare(recipe.data, tokenizer, evaluation=recipe.evaluation), ""
+        except EsftError:  # what is scored may not be here
+            data = recipe.data.model_copy(update={"eval": None, "test": None})
+            return prepare(data, tokenizer), ""
     except EsftError as error:
         return None, str(error).splitlines()[0]
 

@@ -24,7 +24,7 @@ def make_case(
     total: int,
     chosen: Chosen,
     batch: Batch,
-    profiled: tuple[int, int],
+    profiled: tuple[int, int] | None,
 ) -> Case:
     """Rehearse a run and say what it takes.
 
@@ -37,7 +37,7 @@ def make_case(
         total: parameters of the model.
         chosen: the experts that train.
         batch: what each step sees.
-        profiled: rows and tokens of each that experts are scored on at once; 0 rows for none.
+        profiled: rows and tokens of each that experts are scored on at once; None for none.
     """
     width = stored.dtype.itemsize
     found = rehearse(recipe, config, dtype, chosen, batch, width=width, profiled=profiled)
@@ -72,6 +72,7 @@ def _memory(found: Rehearsed, device: str, stored: Stored, total: int) -> Memory
         activations=None if found.training is None else max(0, found.training - fixed),
         training=None if found.training is None else max(found.training, fixed) + start,
         profiling=found.profiling and found.profiling + start,
+        evaluation=found.evaluation and found.evaluation + start,
     )
 
 

@@ -1,13 +1,14 @@
-"""What the code of some families asks of tensors while it takes one expert after another.
+"""What the code of some families asks of tensors when it computes with experts.
 
 DBRX, LongCat-Flash and Step-3 look which experts were chosen at all and which rows each of them
-has; JetMoE asks how many rows each has. While a model without content runs, the answer is: every
-expert, the rows spread evenly. How uneven the rows of a real task are changes how large one
-expert's part is, not what all of them take together.
+has; JetMoE asks how many rows each has, MoEUT's projections how many go to those that train. While
+a model without content runs, the answer is: every expert, the rows spread evenly. How uneven the
+rows of a real task are changes how large one expert's part is, not what all of them take together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,29 +20,37 @@ from torch.utils._pytree import tree_leaves
 from esft.layouts.layout import is_a
 from esft.layouts.stacks import JetMoeLayout, StacksLayout
 from esft.moe import moe_layers
-from esft.plans.pretence import UNKNOWN, Tracker
+from esft.plans.pretence import UNKNOWN, Oracle, Tracker
 
 _aten = torch.ops.aten
 
 
-def answer_loops(model: nn.Module, tracker: Tracker) -> None:
-    """Let the modules of a model that loop over experts run without content.
+def answer_loops(model: nn.Module, tracker: Tracker, share: float = 0.0) -> None:
+    """Let the modules of a model that ask for routed rows run without content.
 
     Args:
         model: of tensors without content.
         tracker: of these.
+        share: of the rows, what goes to experts that train.
     """
+
+    def cut(index: Tensor) -> Oracle:
+        return lambda function, *_: round(share * index.numel()) if _reads(function) else UNKNOWN
+
     for layer in moe_layers(model):
         if isinstance(layer.layout, StacksLayout) and not isinstance(layer.layout, JetMoeLayout):
             ids = max(layer.layout.rows().values())
-            _answer(layer.layout.experts, tracker, lambda ids=ids: _Experts(ids))
+            _answer(layer.layout.experts, tracker, lambda *_, ids=ids: _Experts(ids))
     for module in model.modules():
         if is_a(module, "JetMoeTopKGating"):  # of the attention's experts, too
-            _answer(module, tracker, lambda: _Sizes())
+            _answer(module, tracker, lambda *_: _Sizes())
+        if is_a(module, "ProjectionExperts"):
+            _answer(module, tracker, lambda _x, index, _weight: cut(index))
 
 
-def _answer(module: nn.Module, tracker: Tracker, make: Any) -> None:
-    module.register_forward_pre_hook(lambda *_: tracker.oracles.append(make()))
+def _answer(module: nn.Module, tracker: Tracker, make: Callable[..., Oracle]) -> None:
+    """Let an oracle answer while a module runs, made from what the module is called with."""
+    module.register_forward_pre_hook(lambda _, args: tracker.oracles.append(make(*args)))
     module.register_forward_hook(lambda *_: _forget(tracker))
 
 
@@ -81,11 +90,15 @@ class _Sizes:
         if function is _aten.topk.default:
             tokens, self.ids = args[0].shape
             self.choices = tokens * args[1]
-        if function is not _aten._local_scalar_dense.default:
+        if not _reads(function):
             return UNKNOWN
         size = _share(self.choices, self.ids, self.asked)
         self.asked += 1
         return size
+
+
+def _reads(function: Any) -> bool:
+    return function is _aten._local_scalar_dense.default
 
 
 def _share(rows: int, experts: int, number: int) -> int:

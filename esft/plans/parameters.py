@@ -52,3 +52,14 @@ def _kind(name: str, owner: nn.Module, parts: Mapping[str, str], embeds: bool) -
     if _NORM.search(type(owner).__name__) or _NORM.search(".".join(name.split(".")[-2:])):
         return NORMS
     return ATTENTION if _ATTENTION.search(name) else OTHER
+
+
+def largest_layer(model: nn.Module, itemsize: int) -> int:
+    """Return the bytes of the largest layer's weights; what is in no layer counts as one."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = "" if place is None else ".".join(parts[: place + 1])
+        sizes[key] = sizes.get(key, 0) + parameter.numel()
+    return max(sizes.values()) * itemsize

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -107,7 +107,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function is _aten._grouped_mm.default:
+        if function is _aten._grouped_mm.default and isinstance(args[0], FakeTensor):
             return _grouped_mm(*args, **kwargs)
         for oracle in reversed(self.oracles):
             if (answer := oracle(function, args, kwargs)) is not UNKNOWN:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from esft.plans.batch import Batch
+from esft.plans.inference import Inference
 from esft.plans.quantised import Quantised
 from esft.plans.stored import Stored
 
@@ -25,6 +26,8 @@ class Memory:
             the logits, and what comes and goes.
         training: the sum, at the fullest moment of a step.
         profiling: the most while experts are scored before and after; 0 where they are not.
+        evaluation: the most while rows of `data.eval`, `data.test` and other domains are scored;
+            0 where there are none.
     """
 
     frozen: int
@@ -35,6 +38,7 @@ class Memory:
     activations: int | None
     training: int | None
     profiling: int | None
+    evaluation: int | None
 
     @property
     def without_activations(self) -> int:
@@ -44,9 +48,9 @@ class Memory:
     @property
     def peak(self) -> int | None:
         """The most at one time; None where activations are not known."""
-        if self.training is None or self.profiling is None:
+        if self.training is None or self.profiling is None or self.evaluation is None:
             return None
-        return max(self.training, self.profiling)
+        return max(self.training, self.profiling, self.evaluation)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -154,12 +158,15 @@ class Fit:
         fits: whether the larger case does.
         changes: cheapest first: each by itself, then together until it fits; empty if it fits.
         verdict: one line.
+        streams: whether the model in memory would leave too little to profile it, so that
+            `esft profile` goes through it one layer at a time; None where that is not known.
     """
 
     memory: int
     fits: bool
     changes: tuple[Change, ...]
     verdict: str
+    streams: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,7 @@ class Plan:
         selection: how the number of experts is known, or what its bounds are.
         few: the case with the fewest experts.
         many: the one with the most; the same where the number is known.
+        inference: the model when it does not train.
         fit: whether it fits into the memory asked about, if any.
         processes: figures for several, if asked for.
         load_in: what loading in 4 or 8 bits would quantise, if asked for.
@@ -221,6 +229,7 @@ class Plan:
     selection: str
     few: Case
     many: Case
+    inference: Inference
     fit: Fit | None
     processes: Processes | None
     load_in: Quantised | None
@@ -246,5 +255,6 @@ class Plan:
             "load_in": self.load_in and self.load_in.to_dict(),
             "batch": self.batch.to_dict(),
             "few": self.few.to_dict(),
+            "inference": self.inference.to_dict(),
             "many": self.many.to_dict(),
         }

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
-from esft.loading import auto_class
-from esft.locating import first_line, trusted
+from esft.locating import first_line
 from esft.methods import Method, make_method
 from esft.moe import moe_layers, trainable_parameters
 from esft.plans.batch import Batch
 from esft.plans.contents import known
 from esft.plans.counts import Chosen
-from esft.plans.loops import answer_loops
+from esft.plans.fake_model import fake_model
 from esft.plans.optimizers import make_optimizer, optimizer_name, state_bytes
+from esft.plans.passes import ask, peak, read, score
 from esft.plans.pretence import Tracker, pretending
+from esft.plans.scored import Scored
 from esft.recipe_sections import Recipe
 from esft.run.labelled import labelled_logits
 from esft.run.recomputation import KEY, recompute_layers
@@ -40,6 +40,7 @@ class Rehearsed:
         training: the most at one time while training; None where the model's code asks for the
             content of tensors.
         profiling: the same while experts are scored; 0 where they are not.
+        evaluation: the same while rows are scored; 0 where they are not.
         shapes: of the parameters that train.
         adapter: whether what trains is an adapter and not weights of the base.
         flops: floating-point operations of one optimizer step; None as `training`.
@@ -53,6 +54,7 @@ class Rehearsed:
     saved: int | None
     training: int | None
     profiling: int | None
+    evaluation: int | None
     shapes: tuple[torch.Size, ...]
     adapter: bool
     flops: int | None
@@ -72,7 +74,7 @@ def rehearse(
     batch: Batch,
     *,
     width: int,
-    profiled: tuple[int, int] = (0, 0),
+    profiled: tuple[int, int] | None = None,
 ) -> Rehearsed:
     """Go through a run on tensors without content.
 
@@ -83,18 +85,13 @@ def rehearse(
         chosen: the experts that train.
         batch: what each step sees.
         width: bytes of a parameter in the checkpoint.
-        profiled: rows and tokens of each that the experts are scored on at once; 0 rows for none.
+        profiled: rows and tokens of each that the experts are scored on at once; None for none.
 
     Raises:
         RecipeError, ModelError, SelectionError: as training would.
     """
     with pretending() as tracker, known(chosen.routed):
-        with no_init_weights():
-            model = auto_class(config).from_config(
-                config, dtype=dtype, trust_remote_code=trusted.get()
-            )
-        answer_loops(model, tracker)
-        model.tie_weights()  # which is otherwise part of the initialising that is left out
+        model = fake_model(config, dtype, tracker, chosen.routed)
         method = planned_method(recipe, chosen, model, width)
         prepared = method.prepare(model)
         named = trainable_parameters(prepared)
@@ -106,13 +103,16 @@ def rehearse(
         name = optimizer_name(recipe.training)
         shapes = tuple(parameter.shape for parameter in parameters)
         state = state_bytes(name, shapes, parameters[0].dtype.itemsize)
-        saved = training = profiling = flops = obstacle = None
+        saved = training = profiling = evaluation = flops = obstacle = None
         try:
             step = _Step(recipe, prepared, parameters, batch, tracker)
             optimizer = make_optimizer(name, parameters)
             step.take(state if optimizer is None else optimizer)
             saved, training, flops = step.saved, step.peak, step.flops
-            profiling = _profile(model, profiled, tracker)
+            # In between, the optimizer's state is there, and no gradient.
+            model.eval()
+            profiling = 0 if profiled is None else peak(tracker, lambda: read(model, *profiled))
+            evaluation = _evaluate(prepared, batch.scored, tracker)
         except Exception as error:  # a family's own code, on tensors that it did not expect
             obstacle = first_line(error)
     return Rehearsed(
@@ -123,6 +123,7 @@ def rehearse(
         saved=saved,
         training=training,
         profiling=profiling,
+        evaluation=evaluation,
         shapes=shapes,
         adapter=method.adapter is not None,
         flops=flops,
@@ -228,6 +229,16 @@ def planned_inputs(batch: Batch) -> dict[str, Any]:
     return {name: torch.ones(shape, dtype=torch.int64) for name in names} | {"use_cache": False}
 
 
+def _evaluate(model: Any, scored: Scored | None, tracker: Tracker) -> int:
+    """Return the most memory while rows are scored, 0 if there are none."""
+    if scored is None:
+        return 0
+    most = peak(tracker, lambda: score(model, scored.rows, scored.length, scored.kept))
+    if (asked := scored.asked) is None:
+        return most
+    return max(most, peak(tracker, lambda: ask(model, *asked)))
+
+
 @contextmanager
 def autocast(training: Mapping[str, Any], device: str) -> Iterator[None]:
     """Compute in the narrower dtype that a recipe's `training` section asks for, if any."""
@@ -237,15 +248,3 @@ def autocast(training: Mapping[str, Any], device: str) -> Iterator[None]:
     narrow = torch.bfloat16 if training.get("bf16") else torch.float16
     with torch.autocast(device, dtype=narrow):
         yield
-
-
-def _profile(model: Any, shape: tuple[int, int], tracker: Tracker) -> int:
-    """Return the peak of a forward pass without logits; the optimizer's state is still there."""
-    if not shape[0]:
-        return 0
-    model.eval()
-    tracker.reset()
-    with torch.no_grad():
-        ids = torch.ones(shape, dtype=torch.int64)
-        model.base_model(input_ids=ids, attention_mask=None, use_cache=False)
-    return tracker.peak

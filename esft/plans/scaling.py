@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from esft.plans.records import Memory, Processes
 
 _GATHERED = 2  # layers that FSDP2 holds whole at a time: one computes, the next is fetched
@@ -16,7 +14,7 @@ def scaled(memory: Memory, count: int, largest: int) -> Processes:
     Args:
         memory: with one process.
         count: of processes.
-        largest: bytes of the largest layer's weights, see `largest_layer`.
+        largest: bytes of the largest layer's weights, see `esft.plans.parameters.largest_layer`.
     """
     if memory.activations is None:
         return Processes(count, None, None)
@@ -40,14 +38,3 @@ def fewest_shards(memory: Memory, limit: int, largest: int) -> int | None:
             return count
         count *= 2
     return None
-
-
-def largest_layer(model: nn.Module, itemsize: int) -> int:
-    """Return the bytes of the largest layer's weights; what is in no layer counts as one."""
-    sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        key = "" if place is None else ".".join(parts[: place + 1])
-        sizes[key] = sizes.get(key, 0) + parameter.numel()
-    return max(sizes.values()) * itemsize
