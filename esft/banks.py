@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esft.errors import ModelError
+from esft.held import HeldExperts
 from esft.quantising.stored import StoredWeight
 
 
@@ -25,6 +26,7 @@ class TrainedExperts(nn.Module):
 
     Attributes:
         selected: ids of the n experts that train, in the selection's order.
+        everywhere: those of the whole layer, where processes share its experts.
         hooks: what attaching registered on the model's modules.
         dtypes: of the weights before, and in what is saved, by name; where no frozen bank tells.
         trainable: name of a weight -> `[n, ...]`, the only parameters with a gradient. A name is a
@@ -37,7 +39,7 @@ class TrainedExperts(nn.Module):
         self, chosen: Mapping[str, Tensor], selected: list[int], param_dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        self.selected = list(selected)
+        self.selected = self.everywhere = list(selected)
         self.hooks: list[RemovableHandle] = []
         self.dtypes: dict[str, torch.dtype] = {}
         self.trainable = nn.ParameterDict()
@@ -65,6 +67,13 @@ class TrainedExperts(nn.Module):
         """Return a weight of the selected experts: `[n, ...]`."""
         factors = self.factors(name)
         return self.bank(name) if factors is None else factors(self.bank(name))
+
+    def collected(self, name: str) -> Tensor | None:
+        """Return it of all the selected experts, also those that other processes hold.
+
+        All of these must call this; those that are not the main one get None.
+        """
+        return self.trained(name).detach()
 
     def factors(self, name: str) -> nn.Module | None:
         """Return the low-rank factors of a weight, or None if it trains as a whole."""
@@ -109,6 +118,8 @@ class AttachedExperts(TrainedExperts):
     Attributes:
         frozen: name of the stack -> `[E - n, ...]`, as in `Split.rest`.
         stored: likewise, of the stacks that are kept in few bits.
+        held: which part of the stacks this process holds, if processes share them: E, `selected`
+            and `slot` are then of the experts that are here.
         slot: `[E]` int64, see `esft_kernels.ExpertBank`.
     """
 
@@ -130,6 +141,7 @@ class AttachedExperts(TrainedExperts):
                 self.frozen[_key(name)] = nn.Parameter(rest.detach(), requires_grad=False)
         device = next(iter(split.chosen.values())).device
         self.register_buffer("slot", slot_map(selected, num_experts, device), persistent=False)
+        self.held: HeldExperts | None = None
 
     def rest(self, name: str) -> Tensor | Quantised:
         """Return a weight of the experts that do not train: `[E - n, ...]`."""
@@ -155,15 +167,27 @@ class AttachedExperts(TrainedExperts):
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape that the stack had before it was split: `[E, ...]`."""
-        bank, rest = self.bank(name), self.rest(name)
-        return torch.Size([bank.shape[0] + rest.shape[0], *rest.shape[1:]])
+        if self.held is not None:
+            return self.held.shapes[name]
+        return torch.Size([self._rows(name), *self.rest(name).shape[1:]])
 
     def stacked(self, name: str) -> Tensor:
         """Return one stack in the experts' own order and the frozen bank's dtype: `[E, ...]`."""
         frozen = self.whole_rest(name).detach()
         trained = self.trained(name).detach().to(frozen.dtype)
-        slot = slot_map(self.selected, self.shape(name)[0], frozen.device)
-        return torch.cat([trained, frozen]).index_select(0, slot)
+        slot = slot_map(self.selected, self._rows(name), frozen.device)
+        stack = torch.cat([trained, frozen]).index_select(0, slot)
+        return stack if self.held is None else self.held.shared(name, stack)
+
+    def collected(self, name: str) -> Tensor | None:
+        """See `TrainedExperts.collected`."""
+        if self.held is None:
+            return super().collected(name)
+        return self.held.collected(name, self.trained(name).detach(), self.everywhere)
+
+    def _rows(self, name: str) -> int:
+        """Return how many experts' slices of a stack are here."""
+        return self.bank(name).shape[0] + self.rest(name).shape[0]
 
 
 class ExpertStack:

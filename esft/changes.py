@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from esft.errors import CheckError, DeltaError
-from esft.experts import attached_layers, part_buffers, part_parameters
+from esft.experts import attached_layers, is_shared, part_buffers, part_parameters
 from esft.fingerprint import Fingerprint
+from esft.held import whole
 from esft.moe import moe_layers
 from esft.names import layer_parts, to_disk
+from esft.processes import is_main
 from esft.shards import Checkpoint
 from esft.tensors import TORCH, read_tensor
 
@@ -41,6 +43,8 @@ class Changed:
 def expert_changes(model: PreTrainedModel, base: Fingerprint | None = None) -> list[Changed]:
     """Collect the trained experts of a model that has a selection attached, in their own dtype.
 
+    Where processes share the model, all must call this, and the main one alone gets them.
+
     Args:
         model: the model.
         base: of the checkpoint that it was loaded from, see `esft.names.layer_parts`.
@@ -50,11 +54,13 @@ def expert_changes(model: PreTrainedModel, base: Fingerprint | None = None) -> l
     """
     changes = []
     for attached in attached_layers(model):
-        selected = attached.banks.selected
+        selected = attached.banks.everywhere
         if not selected:
             continue
         for name, found in layer_parts(model, attached.layer, base).items():
-            values = attached.banks.trained(name).detach()
+            values = attached.banks.collected(name)
+            if values is None:
+                continue
             for part in found:
                 pieces = [part.read(value) for value in values]
                 if part.fused:
@@ -94,7 +100,8 @@ def trained_changes(model: PreTrainedModel, base: Fingerprint) -> list[Changed]:
     """Collect all that trains in a model that has a selection attached, in its own dtype.
 
     The selected experts; every parameter of the parts that train beside them, whether it moved or
-    not; and of the routers, where they train, the buffers that the base stores.
+    not; and of the routers, where they train, the buffers that the base stores. Where processes
+    share the model, all must call this, and the main one alone gets the changes.
 
     Args:
         model: the model.
@@ -103,10 +110,14 @@ def trained_changes(model: PreTrainedModel, base: Fingerprint) -> list[Changed]:
     Raises:
         ModelError: no selection is attached, or the checkpoint's layout cannot be addressed.
     """
-    parameters = {name: p.detach() for name, p in part_parameters(model).items()}
+    experts = expert_changes(model, base)
+    parts = whole(part_parameters(model))
+    if is_shared(model) and not is_main():
+        return []
+    parameters = {name: parameter.detach() for name, parameter in parts.items()}
     buffers = to_disk(model, part_buffers(model))
     return [
-        *expert_changes(model, base),
+        *experts,
         *whole_changes(to_disk(model, parameters), base),
         *(Changed(name, buffer) for name, buffer in buffers.items() if name in base),
     ]

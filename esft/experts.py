@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esft.banks import TrainedExperts
 from esft.errors import ModelError, SelectionError
+from esft.held import refuse_unknown_sharing
 from esft.masters import add_masters, remove_masters, said_dtypes
 from esft.moe import MoeLayer, moe_layers
 from esft.progress import SILENT, Reporter
@@ -94,6 +95,7 @@ def attach(
     parts = TrainedParts.of(selection, shared_experts, non_expert_modules, router)
     if selection is not None:
         selection.check_against({layer.index: layer.num_experts for layer in layers})
+    refuse_unknown_sharing(model)
     for layer in layers:
         layer.layout.refuse_unsupported()
     names = _part_names(model, layers, parts, reporter)
@@ -163,6 +165,11 @@ def attached_layers(model: nn.Module) -> list[AttachedLayer]:
     if not found:
         raise ModelError(_NONE)
     return found
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether processes share the experts of a model that has a selection attached."""
+    return any(getattr(layer.banks, "held", None) is not None for layer in attached_layers(model))
 
 
 def attached_parts(model: nn.Module) -> TrainedParts:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esft.errors import ModelError
-from esft.experts import attached_layers
+from esft.experts import attached_layers, is_shared
 from esft.low_rank_delta import Factors
 from esft.low_rank_sum import FactoredSum
 from esft.names import Part, layer_parts
@@ -91,6 +91,11 @@ def add_low_rank(
         ModelError: no selection is attached, or its experts hold no matrix.
     """
     added = 0
+    if is_shared(model):
+        raise ModelError(
+            "processes share this model's experts (DistributedConfig); low-rank "
+            "factors of them are not put together again, train them as they are"
+        )
     for attached in attached_layers(model):
         banks, layout = attached.banks, attached.layer.layout
         if not banks.selected:

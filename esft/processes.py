@@ -158,6 +158,35 @@ def summed(tensors: Sequence[Tensor], what: str) -> list[Tensor]:
     return found
 
 
+def sent_to_main(tensor: Tensor, what: str) -> list[Tensor] | None:
+    """Return the tensor of every process, by rank, in the main process; None in the others.
+
+    Args:
+        tensor: of any shape, on any device, of the same dtype everywhere.
+        what: they do, for messages.
+
+    Returns:
+        tensors on the CPU.
+
+    Raises:
+        ElsewhereError, LostProcessError: see `together`.
+    """
+    own = tensor.detach().cpu().contiguous()
+    shapes = gathered(own.shape, what)
+    if not is_main():
+        if own.numel():
+            with _explained(what):
+                dist.send(own, 0, group=_cpu_group())
+        return None
+    found = [own]
+    for sender, shape in enumerate(shapes[1:], start=1):
+        found.append(torch.empty(shape, dtype=own.dtype))
+        if shape.numel():
+            with _explained(what):
+                dist.recv(found[-1], sender, group=_cpu_group())
+    return found
+
+
 @dataclass(frozen=True)
 class _Failure:
     """What a process sends instead of a value when it has failed."""

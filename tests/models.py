@@ -55,6 +55,18 @@ _FAMILY: dict[str, dict[str, Any]] = {
     # Not among `FAMILIES`: layouts that differ on disk (fused) or in memory (transposed, biases).
     "gpt_oss": {"head_dim": 16, "intermediate_size": INNER, "num_local_experts": EXPERTS},
     "granitemoe": {"intermediate_size": INNER, "num_local_experts": EXPERTS},
+    # A shared expert; routers of DeepSeek-V3's kind.
+    "glm4_moe": {
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "moe_intermediate_size": INNER,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+    },
     # Experts without a gate.
     "nemotron_h": {
         "layers_block_type": ["attention", "moe", "moe"],

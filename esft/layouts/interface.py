@@ -15,6 +15,7 @@ from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
 from esft.banks import AttachedExperts
 from esft.errors import ModelError
+from esft.held import HeldExperts
 from esft.layouts.layout import (
     Layout,
     Seen,
@@ -47,7 +48,7 @@ class InterfaceLayout(Layout):
             return None
         attached: AttachedExperts | None = getattr(module, "esft", None)
         stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]
-        E = attached.slot.shape[0] if attached is not None else stacked[0]
+        E = stacked[0] if attached is None else _experts_of(attached)
         layout = cls(name, module, modules[parent(name)], E)
         # A router with more classes than experts sends some tokens to none of them (ZAYA).
         layout.others = getattr(layout.router, "num_router_classes", E) > E
@@ -79,7 +80,17 @@ class InterfaceLayout(Layout):
     def attach(self, selected: list[int], param_dtype: torch.dtype | None) -> None:
         """See `Layout.attach`."""
         experts = self.experts
-        banks = split_stacks(experts, selected, param_dtype, self.num_experts)
+        held = HeldExperts.of(self.name, experts)
+        if held is None:
+            banks = split_stacks(experts, selected, param_dtype, self.num_experts)
+        else:
+            held.keep(experts)
+            here = held.ids_here(selected)
+            banks = split_stacks(experts, here, param_dtype, held.here)
+            banks.held, banks.everywhere = held, list(selected)
+            # Also where none is here: what has a gradient, decides which collectives run.
+            for bank in banks.trainable.values():
+                bank.requires_grad_(bool(selected))
         # The interface dispatches on the module's config: with a copy of its own, this layer alone
         # changes, and the model's config keeps what the user asked for.
         banks.original_config = experts.config
@@ -97,10 +108,16 @@ class InterfaceLayout(Layout):
         """See `Layout.refuse_unsupported`."""
         if getattr(self.experts, "has_post_expert_norm", False):
             raise ModelError(f"{self.name}: experts with a norm after them are not supported yet")
-        if getattr(self.experts, "_is_expert_parallel", False):
-            raise ModelError(f"{self.name}: expert parallelism is not supported yet")
+        HeldExperts.of(self.name, self.experts)
         stacks = dict(self.experts.named_parameters(recurse=False))
         check_stacks(self, stacks, dict.fromkeys(stacks, self.num_experts))
+
+
+def _experts_of(attached: AttachedExperts) -> int:
+    """Return how many experts the layer has that banks are attached to: E."""
+    if attached.held is None:
+        return attached.slot.shape[0]
+    return next(iter(attached.held.shapes.values()))[0]
 
 
 def expert_bank(

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,7 +197,12 @@ def _main(module: str, folder: Path, *names: str) -> None:
     for name in names or scenarios:
         own = folder / name
         own.mkdir(exist_ok=True)
-        result = scenarios[name](own)
+        try:
+            result = scenarios[name](own)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # at once: the others learn of it by the broken connection
         (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
         dist.barrier()
     dist.destroy_process_group()
