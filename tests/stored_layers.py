@@ -33,7 +33,9 @@ def codes_of(stored: Quantised) -> np.ndarray:
     bits = np.unpackbits(rows, axis=-1)
 
     def numbers(part: np.ndarray, width: int) -> np.ndarray:
-        return part.reshape(*part.shape[:-1], -1, width) @ (2 ** np.arange(width)[::-1])
+        return part.reshape(*part.shape[:-1], part.shape[-1] // width, width) @ (
+            2 ** np.arange(width)[::-1]
+        )
 
     if stored.kind == "int3":
         low = bits.shape[-1] // 3 * 2
