@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from esft.loading import load_model
 from esft.progress import SILENT, Reporter
@@ -66,7 +68,7 @@ class BaseModel:
         parts, dtype = method.trained_parts, self._recipe.dtype
         return load_quantised(self._folder, kinds, parts, device=self._device, dtype=dtype)
 
-    def prepared(self, model: PreTrainedModel) -> None:
+    def prepared(self, model: nn.Module) -> None:
         """Check the model that the method has prepared, if its base could not be, and tell of it.
 
         Args:
@@ -79,7 +81,7 @@ class BaseModel:
             sizes = f"{numerals.size(whole)} of frozen weights take {numerals.size(small)}"
             self._reporter.note(f"frozen_dtype: {sizes}")
 
-    def _check_once(self, model: PreTrainedModel) -> None:
+    def _check_once(self, model: Any) -> None:
         if not self._checked:
             self._check(model)
             self._checked = True

@@ -115,6 +115,8 @@ class Sampler:
         spec = SelectionSpec() if isinstance(recipe.selection, str) else selection_rule(recipe)
         # Of a small sample, the scores that the experts were selected by will do.
         known = scores if spec.tokens <= TOKENS else None
+        if recipe.frozen.kinds:
+            known = None  # these are the base's; what rounding changes is no drift
         spec = spec.model_copy(update={"tokens": min(spec.tokens, TOKENS)})
         sample = self._sample(model, spec)
         return DriftMeter(model, sample, count=spec.count, before=known, reporter=self._reporter)
