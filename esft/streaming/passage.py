@@ -8,9 +8,9 @@ heap and one gradient mode, however many batches wait.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from types import FrameType
 from typing import Any
 
@@ -162,9 +162,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if not isinstance(value, nn.Parameter):
             yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):  # some are no dicts, so that others leave them alone
         for item in value.values():
             yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value))
     elif isinstance(value, list | tuple | set):
         for item in value:
             yield from _tensors(item)
