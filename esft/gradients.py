@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from esft.experts import attached_layers
+from esft.experts import attached_layers, is_shared
 from esft.moe import trainable_parameters
 from esft.processes import summed
 
@@ -17,7 +17,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients down so that their norm is at most `max_norm`, and return what it was.
 
     As `torch.nn.utils.clip_grad_norm_`, which sees the part of a shared model's gradients that is
-    in its own process: there, each would scale by another factor. All processes must call this.
+    in its own process: there, each would scale by another factor. All processes that share the
+    model must call this.
 
     Args:
         model: a selection is attached.
@@ -35,8 +36,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
             alone += squares
         else:
             everywhere += squares
-    shared = summed([alone], "clip gradients")[0]
-    norm = float((shared + everywhere).sqrt())
+    if is_shared(model):
+        (alone,) = summed([alone], "clip gradients")
+    norm = float((alone + everywhere).sqrt())
     if norm > max_norm:
         for gradient in gradients:
             gradient.mul_(max_norm / (norm + 1e-6))  # torch's own epsilon
