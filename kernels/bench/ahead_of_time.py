@@ -27,6 +27,7 @@ import esft_kernels
 import torch
 import triton
 from esft_kernels import ExpertBank, Projection, SwiGLU, config, tiled
+from esft_kernels.quantised import KINDS, quantise
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -40,6 +41,8 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 COMPUTE = {2: torch.bfloat16, 4: torch.float32}
 EXPERTS, SELECTED, TOP_K = 64, 6, 8
@@ -53,15 +56,18 @@ class Layout:
         activation: of the experts.
         transposed: whether weights are stored `[in, out]`.
         bias: whether both projections have biases, which train too.
+        kind: of the quantised frozen bank, if it is one.
     """
 
     activation: Callable[[Tensor], Tensor]
     transposed: bool = False
     bias: bool = False
+    kind: str | None = None
 
 
 LAYOUTS = {
     "plain": Layout(SwiGLU()),
+    **{kind: Layout(SwiGLU(), kind=kind) for kind in KINDS},
     "interleaved": Layout(SwiGLU(interleaved=True)),
     "generic": Layout(lambda z: z[..., ::2].tanh() * z[..., 1::2], transposed=True, bias=True),
 }
@@ -121,9 +127,10 @@ def _layer(hidden: int, inner: int, rows: int, dtype: torch.dtype, layout: Layou
     def projection(out: int, width: int) -> Projection:
         shape = (width, out) if layout.transposed else (out, width)
         biases = [empty(SELECTED, out), empty(EXPERTS - SELECTED, out)] if layout.bias else []
+        frozen = empty(EXPERTS - SELECTED, *shape)
         return Projection(
             empty(SELECTED, *shape, dtype=torch.float32).requires_grad_(),
-            empty(EXPERTS - SELECTED, *shape),
+            quantise(frozen, layout.kind) if layout.kind else frozen,
             layout.transposed,
             *(bias.requires_grad_(i == 0) for i, bias in enumerate(biases)),
         )

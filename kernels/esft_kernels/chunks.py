@@ -16,14 +16,14 @@ from esft_kernels.segments import Segment
 
 SCRATCH_BYTES = {"cpu": 2**24}
 """Of dequantised experts at a time: more is hardly faster (`kernels/bench/README.md`)."""
-_LARGE_SCRATCH_BYTES = 2**28
+LARGE_SCRATCH_BYTES = 2**28
 """On other devices: enough rows to keep one busy, at a fraction of a large layer's bank."""
 
 
 def experts_at_once(stored: Quantised) -> int:
     """Return how many experts are dequantised at a time: at least one."""
     expert = stored.shape[1:].numel() * stored.dtype.itemsize
-    return max(1, SCRATCH_BYTES.get(stored.device.type, _LARGE_SCRATCH_BYTES) // max(expert, 1))
+    return max(1, SCRATCH_BYTES.get(stored.device.type, LARGE_SCRATCH_BYTES) // max(expert, 1))
 
 
 def stored_linear(x: Tensor, matrices: StoredMatrices, segment: Segment) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from esft_kernels.quantised import KINDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "kernels" / "bench" / "ahead_of_time.py"
@@ -24,7 +25,10 @@ def test_compiles_to_what_a_gpu_runs_fast(arch, tmp_path):
     kernels, lines = compiled(arch, tmp_path)
     assert {line["kernel"] for line in lines} == kernels
     assert {line["itemsize"] for line in lines} == {2, 4}
-    assert {line["layout"] for line in lines} == {"plain", "interleaved", "generic"}
+    assert {line["layout"] for line in lines} == {"plain", "interleaved", "generic", *KINDS}
+    # For each kind a kernel that dequantises; the others are those of a dense bank.
+    stored = [line for line in lines if line["layout"] in KINDS]
+    assert {line["kernel"] for line in stored} == {"_dequantise"}
     assert not [line for line in lines if line["spill"] or line["stack"]]
     assert not [line for line in lines if line["shared"] > SHARED[arch] * 1024]
     products = [line for line in lines if line["product"] and line["itemsize"] == 2]

@@ -8,8 +8,8 @@ from torch import Tensor
 from esft_kernels.quantised.kinds import KINDS, Kind
 from esft_kernels.quantised.packing import codes_of_bytes, look_up, unpack
 
-_PIECE = {"cpu": 2**18}
-_LARGE_PIECE = 2**26
+PIECE = {"cpu": 2**18}
+LARGE_PIECE = 2**26
 """Weights of a piece: what a core's cache holds, or enough to keep another device busy."""
 
 
@@ -32,7 +32,7 @@ def decode(
         out: `[rows, C]`, contiguous.
     """
     rows, columns = out.shape
-    step = max(1, _PIECE.get(out.device.type, _LARGE_PIECE) // columns)
+    step = max(1, PIECE.get(out.device.type, LARGE_PIECE) // columns)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
         values = _values(codes[piece], kind)[:, :columns]

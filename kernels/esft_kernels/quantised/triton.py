@@ -47,7 +47,7 @@ def _book(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(KINDS[kind].codebook or (0.0,), device=device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ENDS"])
 def _dequantise(
     CODES, SCALE, OFFSET, BOOK, ENDS, OUT,
     R: tl.constexpr, C: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr,
