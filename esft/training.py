@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,57 +11,49 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from esft import processes
 from esft.changes import selection_bytes
 from esft.data.isolation import check_isolation
 from esft.data.packing import collate
-from esft.delta import read_delta
-from esft.errors import EsftError, RecipeError
-from esft.files import new_folder, refuse_existing, write_json, write_text
+from esft.errors import EsftError, LostProcessError, RecipeError
+from esft.files import refuse_existing, write_text
 from esft.fingerprint import fingerprint, tokenizer_digest
 from esft.inference import check_vocabulary
-from esft.loading import load_model, load_tokenizer, refuse_quantised
+from esft.loading import load_tokenizer, refuse_quantised
 from esft.locating import resolve
 from esft.methods import make_method
 from esft.moe import inspect, moe_layers
 from esft.progress import SILENT, Reporter
 from esft.recipe import as_recipe
 from esft.recipe_sections import CheckpointSpec, Recipe
-from esft.report.base_card import describe_base
-from esft.report.card import run_card
-from esft.report.delta_card import delta_card
 from esft.routers.losses import RouterLosses, check_losses, make_losses, silence_own_losses
 from esft.run import lock as run_lock
-from esft.run.about import about_run
+from esft.run.base_model import BaseModel
 from esft.run.checkpoint import SavedState
 from esft.run.choice import Sampler, given_selection, selection_rule
 from esft.run.determinism import deterministic
+from esft.run.ending import Ready, end
 from esft.run.fields import training_arguments, with_defaults
-from esft.run.flops import run_flops
 from esft.run.folder import (
     BAD_ROWS,
-    CARD,
     CHECKPOINTS,
-    DELTA,
     DIVERGED,
     MATCHED,
     METRICS,
     RECIPE,
-    RESULT,
     SCORES,
     SELECTION,
-    TEST_ANSWERS,
 )
 from esft.run.guard import check_same, environment, guard, tokens_digest
 from esft.run.interruption import Interrupted, Interruption, interruptible
 from esft.run.labelled import check_weighing
-from esft.run.memory import peak_memory
-from esft.run.movement import StartingPoint, stored_moved
+from esft.run.movement import StartingPoint
 from esft.run.out_of_memory import explain_out_of_memory
-from esft.run.processes import refuse_several
+from esft.run.processes import check_launch, check_recipe, device_of, explain_loss
 from esft.run.recomputation import recompute_layers
 from esft.run.reporting import reporting
 from esft.run.result import RunResult
-from esft.run.resuming import explain_interruption, to_resume
+from esft.run.resuming import explain_interruption, how_to_go_on, to_resume
 from esft.run.scoring import Scorer
 from esft.run.task_data import prepare
 from esft.run.trainer import EsftTrainer
@@ -95,24 +88,46 @@ def train(
         EsftError: the run to resume has changed, or training diverged.
     """
     out = Path(out)
-    recipe = as_recipe(recipe)
-    refuse_several()
-    recipe = with_defaults(recipe)
-    with interruptible() as interruption, deterministic(recipe.deterministic):
+    check_launch()
+    with contextlib.ExitStack() as held:
+        held.enter_context(processes.joined())
+        reporter = reporter if processes.is_main() else SILENT
+        with processes.together("read the recipe"):
+            recipe = with_defaults(as_recipe(recipe))
+            check_recipe(recipe)
+        interruption = held.enter_context(interruptible())
+        held.enter_context(deterministic(recipe.deterministic))
         try:
-            # Before the folder is made for the lock: to resume there must be one.
-            if resume and not out.is_dir():
-                raise EsftError(f"{out / CHECKPOINTS}: no complete checkpoint to resume from")
-            with run_lock.hold(out):
-                saved = to_resume(out, recipe, reporter) if resume else None
-                if not resume:
-                    refuse_existing(out, but_for={run_lock.LOCK})
-                with reporting(recipe.training, out):
-                    return _Run(recipe, out, saved, interruption, reporter).train()
+            saved = _claim(held, recipe, out, resume, reporter)
+            with processes.together("prepare"):
+                if processes.is_main():  # others log nothing
+                    held.enter_context(reporting(recipe.training, out))
+                run = _Run(recipe, out, saved, interruption, reporter)
+            return run.train()
         except Interrupted as interrupted:
             explain_interruption(interrupted, out)
             reporter.note(str(interrupted))
             raise
+        except LostProcessError as lost:
+            raise LostProcessError(f"{lost}; {how_to_go_on(out)}") from lost
+
+
+def _claim(
+    held: contextlib.ExitStack, recipe: Recipe, out: Path, resume: bool, reporter: Reporter
+) -> SavedState | None:
+    """Lock the run's folder, once for all processes; return what it goes on from, if it does."""
+    saved = None
+    with processes.together("lock the run"):
+        if processes.is_main():
+            # Before the folder is made for the lock: to resume there must be one.
+            if resume and not out.is_dir():
+                raise EsftError(f"{out / CHECKPOINTS}: no complete checkpoint to resume from")
+            held.enter_context(run_lock.hold(out))
+            saved = to_resume(out, recipe, reporter) if resume else None
+            if not resume:
+                refuse_existing(out, but_for={run_lock.LOCK})
+    found = processes.gathered(saved and saved.folder, "lock the run")[0]
+    return None if found is None else SavedState(found)
 
 
 class _Run:
@@ -154,125 +169,108 @@ class _Run:
 
     def train(self) -> RunResult:
         """Do it. See the module's `train`."""
+        with processes.together("prepare"):
+            run, losses = self._ready()
+            trainer = self._trainer(run.model, losses)
+            self._note_small_data()
+        # Up to here the input may be at fault, and nothing was written.
+        if self.saved is None and processes.is_main():
+            self._write(run.scores)
+        with (
+            explain_loss(),
+            explain_out_of_memory(
+                self.recipe,
+                self.arguments.device,
+                lambda: f"in step {trainer.state.global_step + 1}",
+            ),
+        ):
+            outcome = trainer.run(self.saved)
+        with explain_loss():
+            return end(
+                run, trainer, outcome, interruption=self.interruption, reporter=self.reporter
+            )
+
+    def _ready(self) -> tuple[Ready, RouterLosses | None]:
+        """Load the model, select its experts, and make it train them."""
         set_seed(self.arguments.seed)
-        model = load_model(self.folder, device=self.recipe.device, dtype=self.recipe.dtype)
-        if self.data.train_set.packed:
-            check_isolation(model)
-        if self.data.train_set.weighted:
-            check_weighing(model)
-        check_vocabulary(self.tokenizer, model, self.folder)
+        base = BaseModel(
+            self.recipe,
+            self.folder,
+            device=device_of(self.recipe),
+            check=self._check,
+            reporter=self.reporter,
+        )
+        if not self.recipe.frozen.kinds:
+            base.exact()  # a model that cannot be trained is refused before it is profiled
         sampler = Sampler(self.recipe, self.tokenizer, self.data.rows, self.reporter)
-        scores = self._select(sampler, model)
-        silence_own_losses(model, self.reporter)
-        layers = moe_layers(model)
+        scores = self._select(sampler, base)
         match_bytes = None
         if self.matched is not None:
-            match_bytes = selection_bytes(model, self.matched, self.base)
+            match_bytes = selection_bytes(base.exact(), self.matched, self.base)
         method = make_method(self.recipe, self.selection, self.reporter, match_bytes=match_bytes)
+        model = base.to_train(method)
+        silence_own_losses(model, self.reporter)
+        layers = moe_layers(model)
         prepared = method.prepare(model)
+        base.prepared(prepared)
         method.check(prepared, self.base)
         losses = make_losses(
             self.recipe.losses, layers, self.anatomy.model_type, reporter=self.reporter
         )
         trained = sum(parameter.numel() for parameter in method.parameters(prepared).values())
         # Where most of the model trains, a copy of it would be a second model in memory.
-        start_weights = StartingPoint(prepared) if 2 * trained < self.anatomy.total else None
-        meter = sampler.drift_meter(prepared, self.selection, scores)
-        trainer = self._trainer(prepared, losses)
-        self._note_small_data()
-        # Up to here the input may be at fault, and nothing was written.
-        if self.saved is None:
-            write_text(self.out / RECIPE, self.recipe.to_yaml())
-            if scores is not None:
-                scores.write(self.out / SCORES)
-            if self.selection is not None:
-                self.selection.write(self.out / SELECTION)
-            if self.matched is not None:
-                self.matched.write(self.out / MATCHED)
-            if self.data.bad_rows.skipped:
-                self.data.bad_rows.write(self.out / BAD_ROWS)
-        with explain_out_of_memory(
-            self.recipe, model.device, lambda: f"in step {trainer.state.global_step + 1}"
-        ):
-            outcome = trainer.run(self.saved)
-        seconds = trainer.clock.train_seconds
-        try:
-            evaluation = self.scorer.evaluation(prepared, self.reporter)
-            test = self.scorer.test(prepared, self.reporter)
-            general = self.scorer.general(prepared, self.reporter)
-            about = about_run(
-                self.recipe,
-                self.anatomy,
-                self.tokenizer_digest,
-                self.selection,
-                self.out / SCORES,
-                outcome,
-                evaluation,
-                adapter=method.adapter,
-            )
-            # One may be there, of a run that was ended before it had a result.
-            with new_folder(self.out / DELTA, replace=True) as folder:
-                method.save(prepared, folder, self.base, about)
-            result = RunResult(
-                out=self.out,
-                delta=self.out / DELTA,
-                method=method.name,
-                steps=outcome.steps,
-                best_step=outcome.best,
-                seconds=seconds,
-                step_seconds=trainer.clock.step_seconds,
-                tokens_per_second=trainer.state.num_input_tokens_seen / seconds,
-                train_loss=outcome.loss,
-                trained=trained,
-                total=self.anatomy.total,
-                routed=self.anatomy.routed,
-                moved=None if start_weights is None else start_weights.moved(prepared),
-                stored_moved=stored_moved(
-                    read_delta(self.out / DELTA), open_checkpoint(self.folder)
-                ),
-                drift=meter.read(self.selection, self.out) if meter and self.selection else None,
-                delta_bytes=sum(p.stat().st_size for p in (self.out / DELTA).glob("*.safetensors")),
-                peak_memory=peak_memory(model.device),
-                flops=run_flops(
-                    trainer,
-                    self.data.train_set,
-                    layers,
-                    scores or (meter.before if meter else None),
-                    self.selection,
-                    recomputed=bool(self.recipe.training.get("gradient_checkpointing")),
-                ),
-                evaluation=evaluation,
-                test=test,
-                general=general,
-                adapter=method.adapter,
-            )
-            write_text(self.out / CARD, run_card(self.recipe, result, self.selection))
-            write_text(self.out / DELTA / CARD, self._delta_card(result))
-            if test is not None:
-                test.write_answers(self.out / TEST_ANSWERS)
-            write_json(self.out / RESULT, result.to_dict())
-        except Interrupted:
-            trainer.saving.save_once()
-            raise
-        return result
-
-    def _delta_card(self, result: RunResult) -> str:
-        return delta_card(
-            self.recipe,
-            result,
-            self.selection,
-            base=describe_base(self.recipe.model, self.folder, self.anatomy.architecture),
+        copied = processes.is_main() and 2 * trained < self.anatomy.total
+        ready = Ready(
+            recipe=self.recipe,
+            out=self.out,
+            folder=self.folder,
+            anatomy=self.anatomy,
+            base=self.base,
+            tokenizer_digest=self.tokenizer_digest,
             arguments=self.arguments,
-            data=self._guard["data"],
+            data=self.data,
+            data_identity=self._guard["data"],
+            selection=self.selection,
+            scores=scores,
+            method=method,
+            model=prepared,
+            layers=layers,
+            trained=trained,
+            start=StartingPoint(prepared) if copied else None,
+            meter=sampler.drift_meter(prepared, self.selection, scores),
+            scorer=self.scorer,
         )
+        return ready, losses
 
-    def _select(self, sampler: Sampler, model: PreTrainedModel) -> Scores | None:
+    def _write(self, scores: Scores | None) -> None:
+        """Write what the run is, before its first step."""
+        write_text(self.out / RECIPE, self.recipe.to_yaml())
+        if scores is not None:
+            scores.write(self.out / SCORES)
+        if self.selection is not None:
+            self.selection.write(self.out / SELECTION)
+        if self.matched is not None:
+            self.matched.write(self.out / MATCHED)
+        if self.data.bad_rows.skipped:
+            self.data.bad_rows.write(self.out / BAD_ROWS)
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Refuse a model that cannot be trained on this data."""
+        if self.data.train_set.packed:
+            check_isolation(model)
+        if self.data.train_set.weighted:
+            check_weighing(model)
+        check_vocabulary(self.tokenizer, model, self.folder)
+
+    def _select(self, sampler: Sampler, base: BaseModel) -> Scores | None:
         """Select experts where that is asked for and not yet done; return the scores behind it."""
         wanted = self.recipe.selects_experts or self.recipe.matches_esft
         if not wanted or self.selection is not None or self.matched is not None:
             return None
-        scores = sampler.profile(model, self.folder)
+        scores = sampler.profile(base.exact(), self.folder)
         selection = select(scores, **selection_rule(self.recipe).rule())
+        # Where each process has counted for itself, last bits may differ on GPUs.
+        selection, scores = processes.gathered((selection, scores), "select")[0]
         if self.recipe.matches_esft:
             self.matched = selection
         else:
@@ -318,7 +316,7 @@ class _Run:
     def _note_small_data(self) -> None:
         items, packed = len(self.data.train_set), self.data.train_set.packed
         accumulated = self.arguments.gradient_accumulation_steps
-        batch = self.arguments.per_device_train_batch_size * accumulated
+        batch = self.arguments.per_device_train_batch_size * accumulated * processes.count()
         if items < batch:
             unit = "packed block" if packed else "row"
             self.reporter.note(
@@ -332,4 +330,4 @@ class _Run:
         return guard(self.recipe, self.base, self.selection, self.tokens)
 
     def _environment(self) -> dict[str, Any]:
-        return environment(self.arguments.device)
+        return environment(self.arguments)

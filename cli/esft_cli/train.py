@@ -74,6 +74,7 @@ def train(
     each of them, as in --set training.per_device_train_batch_size=4.
     """
     import esft
+    from esft import processes
     from esft.recipe_text import Override
 
     options = {
@@ -95,8 +96,12 @@ def train(
         if value is not None
     ]
     chosen += set_ or []
-    resolved = recipe_options.resolved(recipe, data, chosen)
-    result = esft.train(resolved, out, resume=resume, reporter=output.reporter())
+    with processes.joined():
+        with processes.together("read the recipe"):
+            resolved = recipe_options.resolved(recipe, data, chosen)
+        result = esft.train(resolved, out, resume=resume, reporter=output.reporter())
+        if not processes.is_main():
+            return
     if json:
         output.print_json(result.to_dict())
         return

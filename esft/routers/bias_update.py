@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from esft import processes
 from esft.errors import ModelError
 from esft.moe import MoeLayer
 from esft.routers.balance import bias_step, load
@@ -63,8 +65,10 @@ class BiasUpdate:
             self._loads[seen.layer.name] = found if before is None else before + found
 
     def step(self) -> None:
-        """Move the biases by what was counted since the last step."""
+        """Move the biases by what was counted since the last step; all processes must call this."""
         for name, load_E in self._loads.items():
+            if processes.count() > 1:
+                dist.all_reduce(load_E)
             bias = self._biases[name].data.view(-1)[: len(load_E)]
             bias += self._speed * bias_step(load_E).to(bias.dtype)
         self._loads.clear()

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from esft import processes
 from esft.data.documents import documents
 from esft.errors import RecipeError
 from esft.moe import MoeLayer, text_config
@@ -52,41 +54,71 @@ class RouterLosses(TrainerCallback, ExportableState):
         self._bias = (
             BiasUpdate(self._watch.layers, spec.bias_update, family) if spec.bias_update else None
         )
-        # Of the batches since `means` was last called.
-        self.sums: dict[str, Tensor | float] = {}
-        self.batches = 0
+        # Each loss's sum over the batches since `means` was last called, and last how many these
+        # are: of the step under way those of this process, of the steps before it those of all.
+        self._step_sums: Tensor | None = None
+        self._sums: Tensor | None = None
+
+    @property
+    def sums(self) -> list[float] | None:
+        """What `means` is made of, for checkpoints."""
+        return None if self._sums is None else self._sums.tolist()
+
+    @sums.setter
+    def sums(self, values: list[float] | None) -> None:
+        self._sums = None if values is None else torch.tensor(values)
 
     @contextmanager
-    def watching(self, batch: Mapping[str, Any]) -> Generator[Callable[[], Tensor]]:
+    def watching(
+        self, batch: Mapping[str, Any], *, learnt: bool = True
+    ) -> Generator[Callable[[], Tensor]]:
         """Watch the routers during the forward pass in the block.
 
         Args:
             batch: what the model runs on, see `esft.data.documents.documents`.
+            learnt: whether it counts; one that fills up a step of several processes does not.
 
         Yields:
             a function to call after the block. It returns the losses times their coefficients,
             summed; their values are kept for `means`, and who was chosen for the step's end.
         """
         row_T = documents(batch)
+        if not learnt:
+            row_T = torch.full_like(row_T, -1)
         with self._watch.watching() as seen:
-            yield lambda: self._total(self._watch.passes(seen, tokens=len(row_T)), row_T)
+            yield lambda: self._total(self._watch.passes(seen, tokens=len(row_T)), row_T, learnt)
 
-    def _total(self, passes: Sequence[RouterPass], row_T: Tensor) -> Tensor:
+    def _total(self, passes: Sequence[RouterPass], row_T: Tensor, learnt: bool) -> Tensor:
         if self._bias is not None:
             self._bias.count(passes, row_T >= 0)
-        self.batches += 1
         total = torch.zeros((), device=row_T.device)
-        for name, loss in self._losses.items():
-            value = torch.stack([loss(x, row_T) for x in passes]).mean()
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-            total = total + self._coefficients[name] * value
+        if learnt:
+            values = {
+                name: torch.stack([loss(x, row_T) for x in passes]).mean()
+                for name, loss in self._losses.items()
+            }
+            for name, value in values.items():
+                total = total + self._coefficients[name] * value
+            found = torch.stack([*(v.detach() for v in values.values()), torch.ones_like(total)])
+        else:
+            found = total.new_zeros(len(self._losses) + 1)
+        self._step_sums = found if self._step_sums is None else self._step_sums + found
         return total
+
+    def _settle(self) -> None:
+        """Add the step's sums, of all processes; they must all call this."""
+        if self._step_sums is None:
+            return
+        if processes.count() > 1:  # on the device, where the gradients have just been exchanged
+            dist.all_reduce(self._step_sums)
+        found, self._step_sums = self._step_sums, None
+        self._sums = found if self._sums is None else self._sums.to(found) + found
 
     def means(self) -> dict[str, float]:
         """Return each loss's mean over the batches since this was last called; without factors."""
-        found = {name: float(total) / self.batches for name, total in self.sums.items()}
-        self.sums, self.batches = {}, 0
-        return found
+        *totals, batches = self.sums or [0.0]
+        self._sums = None
+        return {name: total / batches for name, total in zip(self._losses, totals, strict=False)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is changed here and by no optimizer, for checkpoints; may be written to."""
@@ -94,13 +126,13 @@ class RouterLosses(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside `tensors`, as transformers asks for it."""
-        sums = {name: float(total) for name, total in self.sums.items()}
-        return {"args": {}, "attributes": {"sums": sums, "batches": self.batches}}
+        return {"args": {}, "attributes": {"sums": self.sums}}
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Move the routers' biases."""
+        """Sum up the step and move the routers' biases."""
+        self._settle()
         if self._bias is not None:
             self._bias.step()
 

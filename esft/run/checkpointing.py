@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from esft import processes
 from esft.errors import CheckError
 from esft.moe import trainable_parameters
 from esft.recipe_sections import CheckpointSpec
 from esft.run import checkpoint
 from esft.run.checkpoint import SavedState
 from esft.run.interruption import Interrupted, Interruption
-from esft.run.random_state import random_state, restore_random_state
+from esft.run.random_state import draw_apart, random_state, restore_random_state
+from esft.run.sharding import as_kept, local, whole
 
 
 class Cursor(NamedTuple):
@@ -67,6 +69,12 @@ class Checkpoints(TrainerCallback):
         self._saved_step = saved.step
         loop = saved.read("loop")
         self._cursor = Cursor(**loop["cursor"])
+        # In batches of this process: a step may have been split into another number of them.
+        then = saved.manifest["environment"].get("accumulated")
+        if then is not None:
+            steps = -(-self._cursor.batch // then)
+            now = self._trainer.args.gradient_accumulation_steps
+            self._cursor = self._cursor._replace(batch=steps * now)
         self._trainer.clock.start(loop["clock"])
         return TrainerState.load_from_json(str(saved.folder / checkpoint.TRAINER))
 
@@ -83,30 +91,45 @@ class Checkpoints(TrainerCallback):
         for callback in self._stateful():
             state.stateful_callbacks[type(callback).__name__] = callback.state()
         scores = [logs for logs in state.log_history if logs["step"] == state.global_step]
+        random = {"now": random_state(), "epoch": self._epoch_random}
+        content = {
+            "parameter": whole(trainable_parameters(trainer.model)),
+            "buffer": self.buffers,
+            "optimizer": whole(trainer.optimizer.state_dict()),
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": random,
+            "loop": {
+                "cursor": self._next()._asdict(),
+                "loss": trainer.mean_loss(),
+                "loss_sum": trainer._total_loss_scalar,
+                "last_logged": trainer._globalstep_last_logged,
+                "clock": trainer.clock.state(),
+            },
+        }
+        if processes.count() > 1:
+            own = {"random": random, "loss": trainer._tr_loss.cpu()}
+            content["processes"] = processes.gathered(own, "save")
+        # Nobody goes on, or reads it, before it is there.
+        with processes.together("save"):
+            if processes.is_main():
+                self._write(content, scores)
+        self._saved_step = state.global_step
+        if self._interruption.signal is not None:
+            raise Interrupted(self._interruption.signal)
+
+    def _write(self, content: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> None:
+        """Write the state of the loop, and delete what need not be kept."""
+        trainer, state = self._trainer, self._trainer.state
         saved = checkpoint.save(
             self._folder,
             step=state.global_step,
-            state={
-                "parameter": trainable_parameters(trainer.model),
-                "buffer": self.buffers,
-                "optimizer": trainer.optimizer.state_dict(),
-                "scheduler": trainer.lr_scheduler.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "random": {"now": random_state(), "epoch": self._epoch_random},
-                "loop": {
-                    "cursor": self._next()._asdict(),
-                    "loss": trainer._tr_loss,
-                    "loss_sum": trainer._total_loss_scalar,
-                    "last_logged": trainer._globalstep_last_logged,
-                    "clock": trainer.clock.state(),
-                },
-            },
+            state=content,
             trainer=dataclasses.asdict(state),
             guard=self._guard,
             environment=self._environment,
             metrics={k: v for logs in scores for k, v in logs.items() if k.startswith("eval_")},
         )
-        self._saved_step = saved.step
         checkpoint.prune(
             self._folder,
             saved,
@@ -115,8 +138,6 @@ class Checkpoints(TrainerCallback):
             metric=trainer.args.metric_for_best_model or "eval_loss",
             greater=bool(trainer.args.greater_is_better),
         )
-        if self._interruption.signal is not None:
-            raise Interrupted(self._interruption.signal)
 
     def save_once(self) -> None:
         """Write a checkpoint unless there is one of this step."""
@@ -141,7 +162,7 @@ class Checkpoints(TrainerCallback):
         assert self._resumed is not None
         trainer, saved = self._trainer, self._resumed
         load_optimizer(trainer.optimizer, saved.read("optimizer"))
-        saved.verify("optimizer", trainer.optimizer.state_dict())
+        saved.verify("optimizer", whole(trainer.optimizer.state_dict()))
         trainer.lr_scheduler.load_state_dict(saved.read("scheduler"))
         saved.verify("scheduler", trainer.lr_scheduler.state_dict())
         scaler = saved.read("scaler")
@@ -151,8 +172,8 @@ class Checkpoints(TrainerCallback):
 
     def restore_random(self) -> None:
         """Put the random generators back to where they were when the checkpoint was written."""
-        assert self._resumed is not None
-        restore_random_state(self._resumed.read("random")["now"])
+        if (random := self._random()) is not None:
+            restore_random_state(random["now"])
 
     # The loop's events, after those that transformers answers by itself.
 
@@ -161,9 +182,10 @@ class Checkpoints(TrainerCallback):
     ) -> None:
         """Put back what the loop has summed up, and the generators an epoch's order comes from."""
         if self._resumed is None:
+            draw_apart(args.seed, processes.rank())
             return
-        loop, generators = self._resumed.read("loop"), self._resumed.read("random")
-        self._trainer._tr_loss = loop["loss"].to(args.device)
+        loop, own = self._resumed.read("loop"), self._own()
+        self._trainer._tr_loss = (own or loop)["loss"].to(args.device)
         self._trainer._total_loss_scalar = loop["loss_sum"]
         self._trainer._globalstep_last_logged = loop["last_logged"]
         for callback in self._stateful():
@@ -172,7 +194,11 @@ class Checkpoints(TrainerCallback):
                 setattr(callback, key, value)
         # Some samplers draw an epoch's order from the generators, so that it has to be drawn again
         # from where they were then. They come back to where they are now with the first batch.
-        restore_random_state(generators["epoch" if self._cursor.batch else "now"])
+        random = self._random()
+        if random is None:
+            draw_apart(args.seed + state.global_step, processes.rank())
+        else:
+            restore_random_state(random["epoch" if self._cursor.batch else "now"])
 
     def on_epoch_begin(
         self,
@@ -215,6 +241,7 @@ class Checkpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save now if a signal came during the evaluation."""
+        self._interruption.agree()
         if self._interruption.signal is not None:
             control.should_save = True
 
@@ -226,6 +253,23 @@ class Checkpoints(TrainerCallback):
             control.should_save = True
         self._owed = False
         self._cursor = self._next()
+
+    def _own(self) -> dict[str, Any] | None:
+        """Return what was saved of this process alone, if as many were saved as there are now."""
+        assert self._resumed is not None
+        count = processes.count()
+        if count == 1 or self._resumed.manifest["environment"]["processes"] != count:
+            return None
+        found: dict[str, Any] = self._resumed.read("processes")[processes.rank()]
+        return found
+
+    def _random(self) -> dict[str, Any] | None:
+        """Return where this process's generators were; None of one that there was not then."""
+        assert self._resumed is not None
+        own = self._own()
+        if own is not None:
+            return own["random"]
+        return self._resumed.read("random") if processes.is_main() else None
 
     def _next(self) -> Cursor:
         cursor = self._cursor
@@ -254,8 +298,8 @@ def load_tensors(tensors: Mapping[str, Tensor], saved: SavedState, part: str) ->
         for name, tensor in tensors.items():
             if name not in then or then[name].shape != tensor.shape:
                 raise CheckError(f"{saved.folder}: holds no {name} of shape {list(tensor.shape)}")
-            tensor.copy_(then[name])
-    saved.verify(part, tensors)
+            local(tensor).copy_(local(as_kept(then[name], tensor)))
+    saved.verify(part, whole(tensors))
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -269,5 +313,9 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     for index, values in state["state"].items():
         loaded = optimizer.state[parameters[index]]
         for key, value in values.items():
-            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == parameters[index].shape:
+                value = as_kept(value, parameters[index])
+            if type(loaded[key]) is not type(value) or loaded[key].dtype != value.dtype:
                 loaded[key] = value.to(loaded[key].device)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from esft.errors import EsftError
+from esft import processes
+from esft.errors import ElsewhereError, EsftError
 from esft.files import write_json
 
 _ROWS_NAMED = 4  # in the message; the file has all
@@ -29,6 +32,9 @@ class FiniteSteps:
     them) is told there, and the host reads the outcome where it waits anyway: at the next batch,
     whose labels are searched, or before something is logged, scored or saved. For any other
     optimizer it is read before the step.
+
+    Of several processes all stop where one has met such a loss, and the first one tells and
+    reports the rows of all.
 
     Args:
         where: of each item of the training set, the `file:line` of its rows.
@@ -62,6 +68,8 @@ class FiniteSteps:
         batches, self._batches = self._batches, []
         total = torch.stack([batch.loss for batch in batches]).sum()
         bad = (total if scaled else total + norm).isfinite().logical_not().float()
+        if processes.count() > 1:  # on the device, where the gradients have just been exchanged
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self._pending = step, batches, norm, bad
         if not scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -81,11 +89,17 @@ class FiniteSteps:
         self._pending = None
         if not bad:
             return
-        losses = [float(batch.loss) for batch in batches]
-        rows = [[row for item in batch.items for row in self._where[item]] for batch in batches]
-        culprits = [n for n, batch in enumerate(batches) if not batch.loss.isfinite()]
+        own = [
+            (float(batch.loss), [row for item in batch.items for row in self._where[item]])
+            for batch in batches
+        ]
+        told = [batch for each in processes.gathered(own, "train") for batch in each]
+        losses, rows = [loss for loss, _ in told], [names for _, names in told]
+        culprits = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
         quantity = "loss" if culprits else "gradient"
         value = losses[culprits[0]] if culprits else float(norm)
+        if not processes.is_main():
+            raise ElsewhereError(f"step {step}: the {quantity} is {value}")
         report: dict[str, Any] = {
             "step": step,
             "quantity": quantity,

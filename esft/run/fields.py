@@ -320,6 +320,8 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     }
     chosen = {k: v for k, v in recipe.training.items() if k not in _NOT_PASSED_ON}
     own = {
+        # A family's own code may pass an expert by that no token of this process chose.
+        "ddp_find_unused_parameters": True,
         "output_dir": str(out),
         "use_cpu": device.type == "cpu",
         "disable_tqdm": True,

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from esft import processes
 from esft.data.packing import TrainSet
 from esft.layouts import Layout
 from esft.moe import MoeLayer, text_config
@@ -174,7 +175,7 @@ def run_flops(
     work = Work.on(
         data,
         tokens=state.num_input_tokens_seen,
-        passes=state.global_step * args.gradient_accumulation_steps,
+        passes=state.global_step * args.gradient_accumulation_steps * processes.count(),
         recomputed=recomputed,
     )
     shares = None

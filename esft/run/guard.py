@@ -16,9 +16,12 @@ from esft.fingerprint import Fingerprint
 from esft.manifest import versions
 from esft.recipe_sections import Recipe
 from esft.run.checkpoint import SavedState
+from esft.run.processes import step_shape
 from esft.run.task_data import data_identity, general_identity
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from esft.selection import Selection
 
 # Where files lie may change, what is in them may not; nor does what is kept change any bit.
@@ -78,13 +81,13 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     return {"recipe": found}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(arguments: TrainingArguments) -> dict[str, Any]:
     """Describe where a run is: what may change its last bits though it is the same run."""
-    found = versions()
+    found, device = versions(), arguments.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "processes": 1,
+        **step_shape(arguments),
         **{name: found[name] for name in _LIBRARIES},
     }
 
@@ -108,23 +111,82 @@ def check_same(
         EsftError: the recipe, the data, the selection or the base is another one than then; names
             each difference. Or a run on a CPU is given other threads.
     """
-    manifest = saved.manifest
-    found = differences(manifest["guard"], guard, _files(recipe))
+    then = saved.manifest["environment"]
+    before, now = saved.manifest["guard"], guard
+    notes = []
+    if then["processes"] != environment["processes"]:
+        _check_steps(saved, then, environment, drop_last=_drops_last(recipe))
+        before, now = _without_split(before), _without_split(now)
+        notes.append(
+            f"processes: {then['processes']} when the run was saved, {environment['processes']} "
+            f"now; each step has the same rows, but random draws (NEFTune, dropout) are others, "
+            f"and the last bits may differ"
+        )
+    found = differences(before, now, _files(recipe))
     if found:
         raise EsftError(f"{saved.folder}: cannot resume, the run has changed:\n" + "\n".join(found))
-    then = manifest["environment"]
     on_cpu = then["device"] == environment["device"] == "cpu"
     if on_cpu and then["threads"] != environment["threads"]:
         raise EsftError(
             f"{saved.folder}: cannot resume to the same bits: {then['threads']} threads then, "
             f"{environment['threads']} now; set OMP_NUM_THREADS={then['threads']}"
         )
-    return [
+    return notes + [
         f"{name}: {then.get(name)} when the run was saved, {environment[name]} now; the last bits "
         f"may differ from an uninterrupted run's"
         for name in ("device", *_LIBRARIES)
         if then.get(name) != environment[name]
     ]
+
+
+# What splits a step's rows among processes and batches.
+_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _check_steps(
+    saved: SavedState, then: Mapping[str, Any], now: Mapping[str, Any], *, drop_last: bool
+) -> None:
+    """Refuse other rows in a step, where the number of processes is another one.
+
+    Raises:
+        EsftError: says how a step of now would have those of then.
+    """
+    rows_then, rows_now = (
+        shape["processes"] * shape["batch"] * shape["accumulated"] for shape in (then, now)
+    )
+    if rows_then != rows_now:
+        processes, batch = now["processes"], now["batch"]
+        if rows_then % (processes * batch) == 0:
+            how = f"set training.gradient_accumulation_steps={rows_then // (processes * batch)}"
+        elif rows_then % processes == 0:
+            how = (
+                f"set training.per_device_train_batch_size={rows_then // processes} and "
+                f"training.gradient_accumulation_steps=1"
+            )
+        else:
+            how = f"{processes} processes cannot share them evenly"
+        raise EsftError(
+            f"{saved.folder}: cannot resume with {processes} processes: a step had {rows_then} "
+            f"rows ({then['processes']} x {then['batch']} x {then['accumulated']} accumulated), "
+            f"and would have {rows_now} ({processes} x {batch} x {now['accumulated']}); {how}"
+        )
+    if drop_last and then["accumulated"] != now["accumulated"]:
+        raise EsftError(
+            f"{saved.folder}: cannot resume with {now['processes']} processes: with "
+            f"training.dataloader_drop_last the rows that an epoch leaves out would be others; "
+            f"set training.gradient_accumulation_steps={then['accumulated']}, and "
+            f"training.per_device_train_batch_size so that a step has {rows_then} rows"
+        )
+
+
+def _drops_last(recipe: Recipe) -> bool:
+    return bool(recipe.training.get("dataloader_drop_last"))
+
+
+def _without_split(guard: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = guard["recipe"]
+    training = {key: value for key, value in recipe["training"].items() if key not in _SPLIT}
+    return {**guard, "recipe": {**recipe, "training": training}}
 
 
 def differences(

@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM: the first ends a run at a good moment, the second at once."""
+"""SIGINT and SIGTERM: the first ends a run at a good moment, the second at once.
+
+Of several processes a signal may reach one alone. They agree on it, so that all stop after the same
+step.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from signal import Signals
 from types import FrameType
+
+from esft import processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,7 +30,7 @@ class Interrupted(SystemExit):
         message: says how to go on; empty until `train` knows.
     """
 
-    def __init__(self, number: signal.Signals, message: str = "") -> None:
+    def __init__(self, number: Signals, message: str = "") -> None:
         super().__init__(128 + number)
         self.signal, self.message = number, message
 
@@ -32,12 +39,42 @@ class Interrupted(SystemExit):
 
 
 class Interruption:
-    """What came in while handlers were installed. See `interruptible`."""
+    """What came in while handlers were installed. See `interruptible`.
+
+    Attributes:
+        came: the first signal that came to this process.
+    """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.came: Signals | None = None
+        self._agreed: Signals | None = None
         self._waits = False
         self._process = os.getpid()
+
+    @property
+    def signal(self) -> Signals | None:
+        """The first signal; of several processes one that all know of, see `agree`."""
+        return self.came if processes.count() == 1 else self._agreed
+
+    def agree(self, found: Iterable[Signals | None] | None = None) -> None:
+        """Let all processes know of a signal that came to one of them; all must call this.
+
+        Args:
+            found: what came to each process, where they have told each other already.
+        """
+        if found is None:
+            found = processes.gathered(self.came, "train") if processes.count() > 1 else ()
+        self._agreed = self._agreed or next((came for came in found if came is not None), None)
+
+    def heed(self) -> None:
+        """End all processes if a signal came to one of them; all must call this.
+
+        Raises:
+            Interrupted: one came.
+        """
+        self.agree()
+        if self.signal is not None:
+            raise Interrupted(self.signal)
 
     @contextlib.contextmanager
     def at_a_good_moment(self) -> Iterator[None]:
@@ -51,8 +88,7 @@ class Interruption:
             yield
         finally:
             self._waits = False
-        if self.signal is not None:
-            raise Interrupted(self.signal)
+        self.heed()
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """Note a signal, or act on it."""
@@ -61,8 +97,8 @@ class Interruption:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if self.signal is None:
-            self.signal = signal.Signals(number)
+        if self.came is None:
+            self.came = Signals(number)
             if self._waits:
                 return
         else:
@@ -70,7 +106,7 @@ class Interruption:
             for each in _SIGNALS:
                 if signal.getsignal(each) == self.handle:
                     signal.signal(each, signal.SIG_DFL)
-        raise Interrupted(self.signal)
+        raise Interrupted(self.came)
 
 
 @contextlib.contextmanager

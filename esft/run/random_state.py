@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import set_seed
 
 
 def random_state() -> dict[str, Any]:
@@ -34,3 +35,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(generator, device)
     if state["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
+
+
+def draw_apart(seed: int, rank: int) -> None:
+    """Let one of several processes draw other numbers than the first one, which draws on."""
+    if rank:
+        # Far apart: seeds that users try differ by little.
+        set_seed((seed + rank * 1_000_003) % 2**32)

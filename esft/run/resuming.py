@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from esft import processes
 from esft.errors import EsftError, OutputError
 from esft.files import remove_unfinished
 from esft.progress import Reporter
@@ -59,17 +60,22 @@ def to_resume(out: Path, recipe: Recipe, reporter: Reporter) -> SavedState | Non
 
 def explain_interruption(interrupted: Interrupted, out: Path) -> None:
     """Say in an interruption how to go on."""
+    interrupted.message = f"{interrupted}; {how_to_go_on(out)}"
+
+
+def how_to_go_on(out: Path) -> str:
+    """Say what there is of a run that was ended, and how to go on with it."""
     if is_complete(out):
-        interrupted.message = f"{interrupted}; the run is complete: {out / DELTA}"
-        return
+        return f"the run is complete: {out / DELTA}"
     saved = last(out / CHECKPOINTS)
     how = f"go on with: esft train {out / RECIPE} --out {out} --resume"
+    if processes.count() > 1:
+        how = f"go on as it was launched, with: {out / RECIPE} --out {out} --resume"
     if saved is not None:
-        interrupted.message = f"{interrupted}; step {saved.step} is saved; {how}"
-    elif (out / RECIPE).exists():
-        interrupted.message = f"{interrupted}; no step is saved; {how}"
-    else:
-        interrupted.message = f"{interrupted}; nothing was written yet"
+        return f"step {saved.step} is saved; {how}"
+    if (out / RECIPE).exists():
+        return f"no step is saved; {how}"
+    return "nothing was written yet"
 
 
 def _check_begun(out: Path, recipe: Recipe) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from esft import processes
+from esft.data.evened import Evened
 from esft.data.numbered import ITEMS, Numbered
 from esft.data.packing import TrainSet
-from esft.errors import EsftError, RecipeError
+from esft.errors import EsftError, ModelError, RecipeError
 from esft.files import write_text
 from esft.moe import trainable_parameters
 from esft.progress import SILENT, Reporter
@@ -28,6 +30,8 @@ from esft.run.interruption import Interruption
 from esft.run.labelled import labelled_logits, total_weight
 from esft.run.log import Metrics, Progress, log_line
 from esft.run.memory import peak_memory
+from esft.run.processes import once
+from esft.run.sharding import finite, whole
 
 
 class Trained(NamedTuple):
@@ -65,7 +69,7 @@ class EsftTrainer(Trainer):
 
     Attributes:
         clock: the time that training took, without evaluations.
-        tokens_seen: tokens trained on in this process.
+        tokens_seen: tokens trained on since this program began, by all its processes.
     """
 
     def __init__(
@@ -94,6 +98,11 @@ class EsftTrainer(Trainer):
         numbered = Numbered(train_set, collate)
         super().__init__(train_dataset=numbered, data_collator=numbered.collate, **options)
         self.control: TrainerControl
+        if processes.count() > 1 and not self.model_accepts_loss_kwargs:
+            raise ModelError(
+                "this family computes its loss in a way of its own, which cannot be divided by the "
+                "supervised tokens of several processes; train it in one"
+            )
         self.saving = Checkpoints(
             self,
             checkpoints,
@@ -105,13 +114,17 @@ class EsftTrainer(Trainer):
         self.interruption = interruption
         self.checkpoints, self.metrics = checkpoints, metrics
         self.tokens_seen = 0
+        self._step_tokens = 0  # of the step under way, in this process
+        self._learns = True  # whether the batch under way has rows
+        self._step_batches = 1.0  # of the step under way, on average over processes
         self._finite = FiniteSteps(train_set.where, diverged)
         self._score = score
         self.clock = Clock()
         self._progress = Progress(self, reporter)
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
-        self.add_callback(Metrics(metrics))
+        if processes.is_main():
+            self.add_callback(Metrics(metrics))
         self.add_callback(self._progress)
         self.add_callback(self.clock)
         self.losses = losses
@@ -149,7 +162,8 @@ class EsftTrainer(Trainer):
                 return self._train()
             state = self.saving.start_from(saved)
             # Steps after the checkpoint are logged again.
-            write_text(self.metrics, "".join(log_line(logs) for logs in state.log_history))
+            if processes.is_main():
+                write_text(self.metrics, "".join(log_line(logs) for logs in state.log_history))
             if state.global_step >= state.max_steps or stopped_early(state):
                 # Killed after its last step; transformers would do one more.
                 self.state = state
@@ -168,25 +182,35 @@ class EsftTrainer(Trainer):
             steps = self.train(**options).global_step
             if not steps:
                 raise EsftError("training: no step was taken; are there fewer rows than a batch?")
+            self.interruption.agree()
             if self.interruption.signal is not None:
                 self.saving.save_once()
         return Trained(steps, self._total_loss_scalar / steps)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of this process's batches; together they are those of one process."""
+        loader: Any = super().get_train_dataloader()
+        if processes.count() > 1 and not self.args.dataloader_drop_last:
+            batches = loader.batch_sampler.batch_sampler
+            size = batches.batch_size * processes.count()
+            batches.sampler = Evened(batches.sampler, len(self.train_dataset), size)
+        return loader
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         """Run one forward and backward pass; count its tokens and keep its loss for the check."""
         self._finite.check()
         items = inputs.pop(ITEMS)
         # Counted on the host: to count a mask on a GPU would be to wait for it.
-        tokens = sum(len(self.train_dataset[item]["input_ids"]) for item in items)
-        self.tokens_seen += tokens
-        self.state.num_input_tokens_seen += tokens
+        self._step_tokens += sum(len(self.train_dataset[item]["input_ids"]) for item in items)
+        self._learns = bool(items)
         loss = super().training_step(model, inputs, *args, **options)
         self._finite.add(loss, items)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's hook before the optimizer's step."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        self._count_step()
         self._finite.before_step(
             self.state.global_step + 1,
             norm,
@@ -194,6 +218,27 @@ class EsftTrainer(Trainer):
             scaled=self.accelerator.scaler is not None,
         )
         return norm
+
+    def _count_step(self) -> None:
+        """Count the step's tokens in all processes; they tell each other of signals, too."""
+        own = (self._step_tokens, self.interruption.came)
+        told = processes.gathered(own, "train") if processes.count() > 1 else [own]
+        self.interruption.agree(came for _, came in told)
+        tokens, self._step_tokens = sum(tokens for tokens, _ in told), 0
+        self.tokens_seen += tokens
+        self.state.num_input_tokens_seen += tokens
+
+    def _finalize_training(self, *args: Any, **options: Any) -> Any:
+        """Trainer's hook at the end of its loop, where it reads a loss of this process alone."""
+        self._tr_loss = self.mean_loss()
+        return super()._finalize_training(*args, **options)
+
+    def mean_loss(self) -> Tensor:
+        """Return what of the loss is summed up and not logged yet, on average over processes."""
+        if processes.count() == 1:
+            return self._tr_loss
+        losses = processes.gathered(float(self._tr_loss), "train")
+        return torch.tensor(sum(losses) / len(losses), device=self._tr_loss.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log figures, and beside them tokens, seconds and memory so far."""
@@ -216,12 +261,12 @@ class EsftTrainer(Trainer):
         """Return the task's loss, with the gradient of all losses."""
         if self.losses is None or not torch.is_grad_enabled():
             return self._task_loss(model, inputs, return_outputs, **options)
-        with self.losses.watching(inputs) as total:
+        with self.losses.watching(inputs, learnt=self._learns) as total:
             found = self._task_loss(model, inputs, return_outputs, **options)
         extra = total()
         # A task's loss that is not divided by all items of a step yet, Trainer divides with this.
         if self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None:
-            extra = extra / self.current_gradient_accumulation_steps
+            extra = extra / self._step_batches
         # What is logged and checked as the loss stays the task's: this is 0.
         gradient = extra - extra.detach()
         return (found[0] + gradient, *found[1:]) if return_outputs else found + gradient
@@ -238,15 +283,22 @@ class EsftTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Trainer's hook: what the sum of an optimizer step's losses is divided by."""
+        self._step_batches = float(len(batch_samples))
+        if self.losses is not None and processes.count() > 1:
+            # A process that has no rows left adds nothing to what the others' gradients sum up to.
+            own = sum(bool(batch[ITEMS]) for batch in batch_samples)
+            self._step_batches = sum(processes.gathered(own, "train")) / processes.count()
         if any("loss_weights" in batch for batch in batch_samples):
-            return total_weight(batch_samples).to(device)
+            total = total_weight(batch_samples).to(device)
+            return self.accelerator.gather(total).sum()
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Score the model and log the result; the time it takes is not counted as training."""
         self._finite.check()
         with self.clock.paused():
-            metrics = self._score(self.model)
+            # On a GPU processes may differ in last bits, and what follows must be the same for all.
+            metrics = processes.gathered(self._score(self.model), "score")[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -259,9 +311,10 @@ class EsftTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.check()
         # Or it would in time replace the last checkpoint that is worth resuming from.
-        for name, parameter in trainable_parameters(self.model).items():
-            if not parameter.isfinite().all():
-                raise diverged(self.state.global_step, f"{name} has NaN or infinite values")
+        parameters = trainable_parameters(self.model)
+        bad = [name for name, parameter in parameters.items() if not finite(parameter)]
+        if found := [name for names in processes.gathered(bad, "save") for name in names]:
+            raise once(diverged(self.state.global_step, f"{found[0]} has NaN or infinite values"))
         self.saving.save()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

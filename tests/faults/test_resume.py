@@ -377,10 +377,10 @@ def test_r5_another_run_is_not_resumed(
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_r6_several_processes_are_refused(
+def test_r6_processes_that_cannot_find_each_other_are_refused(
     trainings: Trainings, to_change: Path, tmp_path: Path, variable: str, resume: bool
 ) -> None:
-    """As torchrun and mpirun tell their processes; each would train all by itself."""
+    """As mpirun tells its processes, or a cluster's scheduler; each would train all by itself."""
     run = tmp_path / "run"
     if resume:
         shutil.copytree(to_change / "run", run)
@@ -389,7 +389,8 @@ def test_r6_several_processes_are_refused(
     ended = trainings.run(wanted, run, resume=resume, **{variable: "2", "RANK": "0"})
     assert ended.code == 1
     assert ended.output == (
-        f"error: {variable}=2: launched as 2 processes, but a run is one process so far; start "
-        f"esft train by itself, without torchrun, accelerate launch or mpirun\n"
+        f"error: {variable}=2: launched as 2 processes that are not told where to find each "
+        f"other (RANK, MASTER_ADDR, MASTER_PORT); start them with torchrun or accelerate launch: "
+        f"torchrun --nproc-per-node 2 -m esft_cli train ...\n"
     )
     assert files_of(run) == before
