@@ -76,21 +76,21 @@ def load_quantised(
         for weight in layer.layout.shapes()
         for name in layer.layout.tensor_names(weight)
     }
-    for names in _tied(source.model):
+    for names in tied_names(source.model):
         if EXPERTS in kinds and names[0] in experts:
             continue
         (value,) = source.read(names[:1]).values()
         if names[0] in stored and names[0] not in experts:
             weight = _quantised(names[0], value.to(place), stored[names[0]])
             for name in names:
-                _replace(source.model, name.removesuffix(".weight"), weight)
+                replace_weight(source.model, name.removesuffix(".weight"), weight)
         else:
             source.put({names[0]: value.to(place)})
     _move_buffers(source, place)
     return source.model
 
 
-def _tied(model: nn.Module) -> Iterable[list[str]]:
+def tied_names(model: nn.Module) -> Iterable[list[str]]:
     """Yield the names of each parameter and stored buffer, of tied ones together."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -139,7 +139,7 @@ def _quantised(name: str, value: Tensor, kind: str) -> Quantised:
         raise ModelError(f"tensor {name} cannot be kept in {kind}: {error}") from error
 
 
-def _replace(model: nn.Module, path: str, weight: Quantised) -> None:
+def replace_weight(model: nn.Module, path: str, weight: Quantised) -> None:
     """Put a module that reads its weight where there is an ordinary one without it."""
     old = model.get_submodule(path)
     new: nn.Module
