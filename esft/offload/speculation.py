@@ -74,7 +74,7 @@ class Speculation:
     def _choose(
         self, layer: MoeLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[int] | None:
-        """Return the experts that a layer's router would choose, the most chosen first.
+        """Return the experts that a layer's router would choose, by what it would give them.
 
         None where it takes or returns something else than the routers before it do: then there
         is nothing to guess with.
@@ -87,22 +87,28 @@ class Speculation:
                 output = layer.router.forward(*args, **kwargs)
         except (TypeError, ValueError, RuntimeError):
             return None
-        index = _chosen(output, layer)
-        if index is None:
+        found = _chosen(output, layer)
+        if found is None:
             return None
-        chosen = index[(index >= 0) & (index < layer.num_experts)]
-        ids, counts = chosen.unique(return_counts=True)
-        return ids[counts.argsort(descending=True, stable=True)].tolist()
+        index, weight = found
+        real = (index >= 0) & (index < layer.num_experts)
+        likely = torch.zeros(layer.num_experts, device=index.device)
+        likely.index_add_(0, index[real], weight[real].float())
+        order = likely.argsort(descending=True, stable=True)
+        return order[: int(likely.count_nonzero())].tolist()
 
 
-def _chosen(output: Any, layer: MoeLayer) -> Tensor | None:
-    """Find ids `[.., K]` in what a router returns, or the best of its logits `[.., E]`."""
-    found = output if isinstance(output, tuple) else (output,)
-    tensors = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.dim()]
-    for tensor in tensors:
-        if not tensor.is_floating_point() and tensor.shape[-1] == layer.top_k:
-            return tensor
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.shape[-1] == layer.num_experts:
-            return tensor.topk(layer.top_k, dim=-1).indices
+def _chosen(output: Any, layer: MoeLayer) -> tuple[Tensor, Tensor] | None:
+    """Find ids `[.., K]` and their weights in what a router returns, or the best of its logits."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    tensors = [tensor for tensor in outputs if isinstance(tensor, Tensor) and tensor.dim()]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    for index in tensors:
+        if not index.is_floating_point() and index.shape[-1] == layer.top_k:
+            weight = next((t for t in floats if t.shape == index.shape), None)
+            return index, torch.ones_like(index) if weight is None else weight
+    for logits in floats:
+        if logits.shape[-1] == layer.num_experts:
+            best = logits.topk(layer.top_k, dim=-1)
+            return best.indices, best.values.softmax(-1)
     return None

@@ -34,7 +34,7 @@ def test_generate_answers_as_with_all_experts(checkpoint: Path) -> None:
     result = esft(*options, "--expert-memory", ROOM)
     assert result.stdout == plain
     where, figures = result.stderr.splitlines()
-    assert where.startswith("24 experts of 3 layers: 221.2 kB in the checkpoint; 73.7 kB keep 4")
+    assert where.startswith("24 experts of 3 layers: 221.2 kB in the checkpoint; 73.7 kB keep 5")
     assert figures.startswith("5 tokens read, ")
     assert "7 tokens written" in figures
     printed = esft_json(*options, "--expert-memory", ROOM, "--speculate", "2")

@@ -12,7 +12,7 @@ EXPERTS = {1: 8, 2: 8, 5: 8}
 
 def test_all_fit() -> None:
     parts = split(2400, experts=EXPERTS, expert_bytes=100, top_k=2)
-    assert parts == Split({1: 8, 2: 8, 5: 8}, 2, 2)
+    assert parts == Split({1: 8, 2: 8, 5: 8}, 1, 2)
 
 
 @pytest.mark.parametrize("fit", range(2, 24))
@@ -22,7 +22,7 @@ def test_everything_together_fits_and_little_is_left_over(fit: int, ahead: int) 
     used = sum(parts.kept.values()) + parts.staging + parts.working
     assert used == fit
     assert parts.working >= 1
-    assert parts.staging <= 2 * ahead
+    assert parts.staging <= ahead
     assert parts.staging <= sum(parts.kept.values()) + 1
     assert max(parts.kept.values()) - min(parts.kept.values()) <= 1
 
@@ -35,7 +35,7 @@ def test_a_layer_of_few_experts_leaves_its_share_to_the_others() -> None:
 def test_without_caches() -> None:
     for fit in (10, 24):
         parts = split(fit * 100, experts=EXPERTS, expert_bytes=100, top_k=2, keep=False)
-        assert parts == Split({1: 0, 2: 0, 5: 0}, 2, 2)
+        assert parts == Split({1: 0, 2: 0, 5: 0}, 1, 2)
 
 
 def test_what_stays_and_what_is_computed_with_come_first() -> None:
