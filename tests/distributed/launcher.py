@@ -49,9 +49,13 @@ class Launch:
 
     def results(self, scenario: str) -> list[Any]:
         """Return what a scenario returned, by rank; fail with all outputs where it did not."""
-        files = [self.folder / f"{scenario}.{rank}.json" for rank in range(len(self.ended))]
-        assert all(file.is_file() for file in files), told(self.ended)
-        return [json.loads(file.read_text()) for file in files]
+        return [self.result(scenario, rank) for rank in range(len(self.ended))]
+
+    def result(self, scenario: str, rank: int) -> Any:
+        """Return what a scenario returned in one process; in another it may not have ended."""
+        file = self.folder / f"{scenario}.{rank}.json"
+        assert file.is_file(), told(self.ended)
+        return json.loads(file.read_text())
 
 
 def run(
