@@ -25,6 +25,7 @@ def make_case(
     chosen: Chosen,
     batch: Batch,
     profiled: tuple[int, int] | None,
+    before: int | None,
 ) -> Case:
     """Rehearse a run and say what it takes.
 
@@ -37,10 +38,15 @@ def make_case(
         total: parameters of the model.
         chosen: the experts that train.
         batch: what each step sees.
-        profiled: rows and tokens of each that experts are scored on at once; None for none.
+        profiled: rows and tokens of each that routing drift is measured on at once, before
+            training and after; None for none.
+        before: the most memory while experts are scored to select some, before the model is made
+            ready; 0 where none are, None where that is not known.
     """
     width = stored.dtype.itemsize
-    found = rehearse(recipe, config, dtype, chosen, batch, width=width, profiled=profiled)
+    found = rehearse(
+        recipe, config, dtype, chosen, batch, width=width, device=device, profiled=profiled
+    )
     per_layer = chosen.per_layer()
     return Case(
         experts=sum(per_layer),
@@ -48,20 +54,23 @@ def make_case(
         most=max(per_layer, default=0),
         trained=found.parameters,
         share=found.parameters / total,
-        memory=_memory(found, device, stored, total),
+        memory=_memory(found, device, stored, total, before),
         disk=_disk(found, recipe, stored),
         flops=found.flops,
         obstacle=found.obstacle,
     )
 
 
-def _memory(found: Rehearsed, device: str, stored: Stored, total: int) -> Memory:
+def _memory(
+    found: Rehearsed, device: str, stored: Stored, total: int, before: int | None
+) -> Memory:
     start = 0
     # `esft.training` keeps it where less than half of the model trains; `StartingPoint` in the
     # checkpoint's dtype, and adapters, which begin as random numbers, in fp32.
     if device == "cpu" and 2 * found.parameters < total:
         width = found.trained // found.parameters
         start = found.parameters * (width if found.adapter else min(width, stored.dtype.itemsize))
+    profiling = found.profiling and found.profiling + start
     fixed = found.frozen + found.trained + found.gradients + found.optimizer
     return Memory(
         frozen=found.frozen,
@@ -70,8 +79,9 @@ def _memory(found: Rehearsed, device: str, stored: Stored, total: int) -> Memory
         optimizer=found.optimizer,
         start=start,
         activations=None if found.training is None else max(0, found.training - fixed),
+        loading=found.loading + start,
         training=None if found.training is None else max(found.training, fixed) + start,
-        profiling=found.profiling and found.profiling + start,
+        profiling=None if profiling is None or before is None else max(profiling, before),
         evaluation=found.evaluation and found.evaluation + start,
     )
 

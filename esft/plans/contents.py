@@ -1,4 +1,8 @@
-"""What a run reads from tensors: how many rows go to experts that train, where numbers lie."""
+"""What a run reads from tensors, given instead: how many rows go to which experts, and so on.
+
+The kernels and the factors of low rank ask for numbers where they need them, and know nothing of
+plans; inside `known` their functions that ask are replaced by ones that answer.
+"""
 
 from __future__ import annotations
 
@@ -7,57 +11,62 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from esft_kernels import grouped, layer
-from esft_kernels.bank import ExpertBank
+from esft_kernels import chunks, grouped, layer
+from esft_kernels.bank import ExpertBank, StoredMatrices
+from esft_kernels.grouped_mm import grouped_linear
+from esft_kernels.quantised import Quantised, decoding
 from esft_kernels.segments import Segment, Segments
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from esft import low_rank
 
+_PLANNED = "cpu"  # what tensors without content say that they are on
+
 
 @contextmanager
-def known(share: float) -> Iterator[None]:
+def known(share: float, device: str = "cpu") -> Iterator[None]:
     """Answer, inside the block, what `moe_mlp` and low-rank factors ask for the contents of.
+
+    `moe_mlp` takes its PyTorch path.
 
     Args:
         share: of the rows of a layer where experts train, how many go to these.
+        device: that is planned for: `cpu` or `cuda`.
     """
-    with _routed(share), _places_computed():
-        yield
-
-
-@contextmanager
-def _places_computed() -> Iterator[None]:
-    # Which numbers of a stack are whose on disk: small tensors, which are made and read for real.
-    names = ("layer_parts", "_spot")
-    usual = {name: getattr(low_rank, name) for name in names}
-
-    def for_real(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            with _disable_current_modes():
-                return function(*args)
-
-        return run
-
+    scratch = chunks.SCRATCH_BYTES.get(device, chunks.LARGE_SCRATCH_BYTES)
+    piece = decoding.PIECE.get(device, decoding.LARGE_PIECE)
+    replaced: list[tuple[Any, str, Any]] = [
+        (grouped, "cut", _Cut(share)),
+        (grouped, "stored_linear", _stored_linear),
+        (layer, "check", lambda *_: None),
+        (chunks, "SCRATCH_BYTES", {_PLANNED: scratch}),
+        (decoding, "PIECE", {_PLANNED: piece}),
+        (Quantised, "dequantise", _dequantise),
+        # Which numbers of a stack are whose on disk: small tensors, made and read for real.
+        (low_rank, "layer_parts", _for_real(low_rank.layer_parts)),
+        (low_rank, "_spot", _for_real(low_rank._spot)),
+    ]
+    usual = [(place, name, getattr(place, name)) for place, name, _ in replaced]
     try:
-        for name, function in usual.items():
-            setattr(low_rank, name, for_real(function))
+        for place, name, value in replaced:
+            setattr(place, name, value)
         yield
     finally:
-        for name, function in usual.items():
-            setattr(low_rank, name, function)
+        for place, name, value in usual:
+            setattr(place, name, value)
 
 
-@contextmanager
-def _routed(share: float) -> Iterator[None]:
-    """Let `moe_mlp` take tensors without content, on its PyTorch path."""
+class _Cut:
+    """`esft_kernels.segments.cut`, with the numbers given that it would wait for."""
 
-    def cut(topk_index: Tensor, bank: ExpertBank) -> Segments:
-        # As `segments.cut`, with the numbers given that it would wait for.
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, topk_index: Tensor, bank: ExpertBank) -> Segments:
         N, n = topk_index.numel(), bank.num_selected
         rest = bank.num_slots - n
-        middle = (round(N * share) if rest else N) if n else 0
+        middle = (round(N * self.share) if rest else N) if n else 0
         order, token = (topk_index.new_empty(N, dtype=torch.int64) for _ in range(2))
         offsets = topk_index.new_empty(bank.num_slots, dtype=torch.int32)
         # Where the host asks, each expert of a bank has as many rows as another.
@@ -71,12 +80,39 @@ def _routed(share: float) -> Iterator[None]:
             complete=True,
         )
 
-    kernels: Any = (grouped, "cut", cut), (layer, "check", lambda *_: None)
-    usual = [(module, name, getattr(module, name)) for module, name, _ in kernels]
-    try:
-        for module, name, function in kernels:
-            setattr(module, name, function)
-        yield
-    finally:
-        for module, name, function in usual:
-            setattr(module, name, function)
+
+def _stored_linear(x: Tensor, matrices: StoredMatrices, segment: Segment) -> Tensor:
+    """`esft_kernels.chunks.stored_linear`: the first chunk as it is, the others' rows with it."""
+    stored, groups = matrices.stored, matrices.stored.shape[0]
+    together = min(groups, chunks.experts_at_once(stored))
+    rows = segment.ends[together - 1] if groups else 0
+    dense = stored[:together].dequantise()
+    # Of the last chunk, before it is copied to where it belongs: the result, and the chunk's part.
+    y = grouped_linear(x, matrices.orient(dense[:1].expand(groups, -1, -1)), segment.offsets)
+    y.new_empty(rows, y.shape[1])
+    return y
+
+
+def _dequantise(
+    self: Quantised, dtype: torch.dtype | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """`Quantised.dequantise`, of the many pieces that are computed alike the first."""
+    if out is None:
+        out = torch.empty(self.shape, dtype=dtype or self.dtype)
+    rows = slice(0, max(1, decoding.PIECE[_PLANNED] // self.columns))
+    codes, scale, offset = (
+        None if tensor is None else tensor.reshape(-1, tensor.shape[-1])[rows]
+        for tensor in (self.codes, self.scale, self.offset)
+    )
+    assert codes is not None
+    assert scale is not None
+    decoding.decode(codes, scale, offset, self.form, self.block, out.view(-1, self.columns)[rows])
+    return out
+
+
+def _for_real(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return run

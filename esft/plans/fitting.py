@@ -43,7 +43,7 @@ class _Search:
 
     def peak_of(self, case: Case) -> int:
         """Return a case's peak, without the scoring of experts if that is done elsewhere."""
-        found = case.memory.training if self.scored else case.memory.peak
+        found = case.memory.without_profiling if self.scored else case.memory.peak
         assert found is not None  # or `fit` would not look further
         return found
 
@@ -139,7 +139,7 @@ def changed(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
 
 
 def _attempts(search: _Search, per_expert: int, experts: int) -> Iterator[Callable[[], bool]]:
-    if search.peak > (search.case.memory.training or 0):
+    if search.peak > (search.case.memory.without_profiling or 0):
         yield lambda: _score_elsewhere(search)
     rows, accumulated = search.batch.rows, search.batch.accumulated
     if rows > 1:

@@ -103,12 +103,12 @@ class Planner:
 
     @cached_property
     def profiled(self) -> tuple[int, int] | None:
-        """Rows and tokens of each that the run scores experts on at once; None for none."""
-        if self.selects:
-            return self._profiled(selection_rule(self.recipe))
-        if self.recipe.routing_drift and self.choice.many.selection:
-            return self._profiled(SelectionSpec(tokens=TOKENS))
-        return None
+        """Rows and tokens of each that routing drift is measured on at once; None for none."""
+        recipe = self.recipe
+        if recipe.matches_esft or not (recipe.routing_drift and self.choice.many.selection):
+            return None
+        spec = selection_rule(recipe) if self.selects else SelectionSpec()
+        return self._profiled(spec.model_copy(update={"tokens": min(spec.tokens, TOKENS)}))
 
     def _profiled(self, spec: SelectionSpec) -> tuple[int, int]:
         length = context_length(self.skeleton, spec.seq_len)
@@ -138,7 +138,13 @@ class Planner:
             chosen=chosen,
             batch=self.batch,
             profiled=self.profiled,
+            before=self._before,
         )
+
+    @property
+    def _before(self) -> int | None:
+        # The base as it is: nothing is in few bits yet, and nothing trains.
+        return self.inference.profiling if self.selects else 0
 
     @cached_property
     def inference(self) -> Inference:

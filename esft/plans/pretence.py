@@ -115,6 +115,8 @@ class Tracker(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _see(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":  # outlines of others
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._sizes:

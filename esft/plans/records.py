@@ -24,8 +24,10 @@ class Memory:
             GPU it lies in the host's memory.
         activations: everything else at the fullest moment of a step: what the backward pass needs,
             the logits, and what comes and goes.
+        loading: the most while the model is made ready to train.
         training: the sum, at the fullest moment of a step.
-        profiling: the most while experts are scored before and after; 0 where they are not.
+        profiling: the most while experts are scored, to select some and to measure routing drift;
+            0 where they are not.
         evaluation: the most while rows of `data.eval`, `data.test` and other domains are scored;
             0 where there are none.
     """
@@ -36,6 +38,7 @@ class Memory:
     optimizer: int
     start: int
     activations: int | None
+    loading: int
     training: int | None
     profiling: int | None
     evaluation: int | None
@@ -48,9 +51,15 @@ class Memory:
     @property
     def peak(self) -> int | None:
         """The most at one time; None where activations are not known."""
-        if self.training is None or self.profiling is None or self.evaluation is None:
+        rest = self.without_profiling
+        return None if rest is None or self.profiling is None else max(rest, self.profiling)
+
+    @property
+    def without_profiling(self) -> int | None:
+        """The same where experts are scored in a run of their own."""
+        if self.training is None or self.evaluation is None:
             return None
-        return max(self.training, self.profiling, self.evaluation)
+        return max(self.loading, self.training, self.evaluation)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""

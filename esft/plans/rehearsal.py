@@ -18,8 +18,10 @@ from esft.plans.batch import Batch
 from esft.plans.contents import known
 from esft.plans.counts import Chosen
 from esft.plans.fake_model import fake_model
+from esft.plans.few_bits import store_frozen
 from esft.plans.optimizers import make_optimizer, optimizer_name, state_bytes
-from esft.plans.passes import ask, peak, read, score
+from esft.plans.passes import ask, peak, score
+from esft.plans.passes import read as read_texts
 from esft.plans.pretence import Tracker, pretending
 from esft.plans.scored import Scored
 from esft.recipe_sections import Recipe
@@ -37,6 +39,7 @@ class Rehearsed:
         gradients: of these.
         optimizer: its state.
         saved: what a forward pass keeps for the backward pass.
+        loading: the most while the model is made ready to train.
         training: the most at one time while training; None where the model's code asks for the
             content of tensors.
         profiling: the same while experts are scored; 0 where they are not.
@@ -52,6 +55,7 @@ class Rehearsed:
     gradients: int
     optimizer: int
     saved: int | None
+    loading: int
     training: int | None
     profiling: int | None
     evaluation: int | None
@@ -74,6 +78,7 @@ def rehearse(
     batch: Batch,
     *,
     width: int,
+    device: str = "cpu",
     profiled: tuple[int, int] | None = None,
 ) -> Rehearsed:
     """Go through a run on tensors without content.
@@ -85,15 +90,22 @@ def rehearse(
         chosen: the experts that train.
         batch: what each step sees.
         width: bytes of a parameter in the checkpoint.
+        device: `cpu` or `cuda`, which the run is to be on.
         profiled: rows and tokens of each that the experts are scored on at once; None for none.
 
     Raises:
         RecipeError, ModelError, SelectionError: as training would.
     """
-    with pretending() as tracker, known(chosen.routed):
+    with pretending() as tracker, known(chosen.routed, device):
         model = fake_model(config, dtype, tracker, chosen.routed)
         method = planned_method(recipe, chosen, model, width)
+        tracker.reset()
+        read = 0
+        if kinds := recipe.frozen.kinds:
+            read = store_frozen(model, kinds, method.trained_parts)
         prepared = method.prepare(model)
+        # Few bits are made as the weights are read, and of the model as it was nothing is there.
+        loading = tracker.live + read if kinds else tracker.peak
         named = trainable_parameters(prepared)
         parameters = list(named.values())
         trained = sum(parameter.nbytes for parameter in parameters)
@@ -111,7 +123,9 @@ def rehearse(
             saved, training, flops = step.saved, step.peak, step.flops
             # In between, the optimizer's state is there, and no gradient.
             model.eval()
-            profiling = 0 if profiled is None else peak(tracker, lambda: read(model, *profiled))
+            profiling = (
+                0 if profiled is None else peak(tracker, lambda: read_texts(model, *profiled))
+            )
             evaluation = _evaluate(prepared, batch.scored, tracker)
         except Exception as error:  # a family's own code, on tensors that it did not expect
             obstacle = first_line(error)
@@ -121,6 +135,7 @@ def rehearse(
         gradients=trained,
         optimizer=state,
         saved=saved,
+        loading=loading,
         training=training,
         profiling=profiling,
         evaluation=evaluation,

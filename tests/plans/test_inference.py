@@ -55,11 +55,11 @@ def test_the_peaks_are_those_of_the_commands(family: str) -> None:
     assert found.profiling is not None
     assert found.evaluation is not None
     assert found.generation is not None
-    # The sums that a profile is made of are left out; they are not small in a model this small.
+    # What a profile is summed up in is left out, and is not small beside a model this small.
     assert found.profiling - weights == pytest.approx(profiled, rel=0.2)
     inside = 4 * 1024 * 2048  # what logsumexp allocates, which is not seen
     assert found.evaluation - weights == pytest.approx(scored + inside, rel=0.1)
-    assert found.generation - weights == pytest.approx(asked, rel=0.1)
+    assert found.generation - weights == pytest.approx(asked, rel=0.2)
 
 
 def test_sizes_by_hand() -> None:
