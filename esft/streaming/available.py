@@ -13,7 +13,7 @@ from esft.moe import text_config
 from esft.progress import Reporter
 from esft.report.numerals import size
 
-_WEIGHTS = 0.8  # of the free memory; the rest is for what is computed with them
+WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for what is computed with them
 _CGROUPS = Path("/sys/fs/cgroup")
 # Version 2 and 1: limit, in use, and the part of that which is given back when it is wanted.
 _FILES = (
@@ -49,7 +49,7 @@ def too_large(
         dtype = text_config(skeleton).dtype or torch.float32
     needed = dtype.itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
     free = available_memory(device)
-    if needed <= _WEIGHTS * free:
+    if needed <= WEIGHTS_SHARE * free:
         return False
     reporter.note(
         f"streaming: the weights take {size(needed)} as {str(dtype).removeprefix('torch.')} and "

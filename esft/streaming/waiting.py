@@ -67,25 +67,42 @@ class Waiting:
         """
         borrowed = self._shared.share(tensors) if not self._held else set()
         old = {key: held for key, held in self._held.items() if held.tensor() is not None}
-        self._held, self.in_memory = {}, 0
-        for address, views in _by_storage(tensors).items():
-            storage = views[0].untyped_storage()
-            place = next((old[id(view)].place for view in views if id(view) in old), None)
-            if address in borrowed:
-                place = Place.SHARED
-            if place is None:
-                fits = not storage.nbytes() or self.in_memory + storage.nbytes() <= budget
-                place = Place.MEMORY if file is None or fits else Place.FILE
-                if place is Place.FILE:
-                    assert file is not None
-                    start = written[address] if address in written else file.append(storage)
-                    moved = file.map(start, storage.nbytes())
-                    for view in views:
-                        _use(view, moved)
-            if place is Place.MEMORY:
-                self.in_memory += storage.nbytes()
+        storages = _by_storage(tensors)
+        places = {
+            address: next((old[id(view)].place for view in views if id(view) in old), None)
+            for address, views in storages.items()
+        }
+        places |= dict.fromkeys(borrowed, Place.SHARED)
+        # What lies in memory stays there, whatever else comes.
+        self.in_memory = sum(
+            storages[address][0].untyped_storage().nbytes()
+            for address, place in places.items()
+            if place is Place.MEMORY
+        )
+        self._held = {}
+        for address, views in storages.items():
+            place = places[address] or self._new(views, budget, file, written)
             for view in views:
                 self._held[id(view)] = _hold(view, place, old.get(id(view)))
+
+    def _new(
+        self,
+        views: Sequence[Tensor],
+        budget: int,
+        file: StateFile | None,
+        written: Mapping[int, int],
+    ) -> Place:
+        """Find a place for a storage, and let its views use it there."""
+        storage = views[0].untyped_storage()
+        size, address = storage.nbytes(), storage.data_ptr()
+        if file is None or not size or self.in_memory + size <= budget:
+            self.in_memory += size
+            return Place.MEMORY
+        start = written[address] if address in written else file.append(storage)
+        moved = file.map(start, size)
+        for view in views:
+            _use(view, moved)
+        return Place.FILE
 
     def digests(self) -> list[Digest]:
         """Return the digest of each tensor that waits."""
