@@ -13,7 +13,6 @@ from esft.plans.optimizers import optimizer_name
 from esft.plans.planner import Planner
 from esft.plans.quantised import check_load_in
 from esft.plans.records import Plan
-from esft.plans.scaling import scaled
 from esft.progress import SILENT, Reporter
 from esft.recipe import as_recipe
 from esft.recipe_sections import Recipe
@@ -70,6 +69,7 @@ def plan(
         planner.skeleton, planner.anatomy.layers, load_in, planner.stored.dtype
     )
     few, many = planner.cases(reporter)
+    taken = planner.probe(many) if probe else None
     return Plan(
         model=checked.model,
         method=checked.method,
@@ -85,9 +85,9 @@ def plan(
         many=many,
         inference=planner.inference,
         fit=None if limit is None else planner.fit(many, limit, reporter),
-        processes=scaled(many.memory, processes, planner.largest) if processes > 1 else None,
+        processes=planner.processes(many, processes, taken) if processes > 1 else None,
         load_in=asked or None,
-        probe=planner.probe(many) if probe else None,
+        probe=taken,
         notes=tuple(planner.notes(many, processes)),
     )
 

@@ -206,12 +206,43 @@ def test_several_processes_by_hand(folder: Path) -> None:
     several = found.processes
     assert several is not None
     assert memory.activations is not None
+    assert memory.profiling is not None
     fixed = memory.frozen + memory.trained + memory.gradients + memory.optimizer
     rest = memory.activations + memory.start
-    assert several.replicated == fixed + rest + memory.gradients
+    # Before training each process has the whole model, to score its part of the sample.
+    assert several.loading == memory.profiling > memory.loading
+    assert several.replicated == max(fixed + rest + memory.gradients, several.loading)
     assert several.sharded is not None
     assert fixed / 4 + rest < several.sharded < fixed / 4 + rest + 2 * fixed / LAYERS
-    assert any("one process" in note for note in found.notes)
+    assert several.sharded_peak == max(several.sharded, several.loading)
+    experts = fixed - memory.frozen + 4 * LAYERS * (EXPERTS - 2) * 3 * HIDDEN * INNER
+    assert several.by_expert == fixed - experts + experts // 4 + rest
+    assert several.node == found.stored.bytes
+    assert several.tokens_per_second is None
+    apart = plan(folder, processes=4, selection=selection_file(folder), routing_drift=False)
+    assert apart.processes is not None
+    assert apart.many.memory.profiling == 0
+    assert apart.processes.loading == apart.many.memory.loading
+    buckets = fixed + rest + memory.gradients
+    assert apart.processes.replicated == pytest.approx(buckets, rel=0.01)
+
+
+def selection_file(folder: Path) -> str:
+    esft.Selection({layer: [0, 1] for layer in range(LAYERS)}).write(folder / "selection.json")
+    return str(folder / "selection.json")
+
+
+def test_what_several_processes_cannot_share(folder: Path) -> None:
+    def shares(**keys: Any) -> tuple[bool, bool]:
+        several = plan(folder, processes=2, **keys).processes
+        assert several is not None
+        assert several.replicated
+        return several.sharded is not None, several.by_expert is not None
+
+    assert shares(frozen_dtype="int8") == (False, False)
+    assert shares(method="lora") == (False, False)
+    assert shares(method="full") == (True, False)
+    assert shares(train={"router": True}) == (True, False)
 
 
 @pytest.mark.parametrize(("bits", "weight", "block"), [("4bit", 0.5, 64), ("8bit", 1, None)])

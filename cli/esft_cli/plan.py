@@ -207,6 +207,7 @@ def _inference(found: Plan) -> list[tuple[str, str]]:
     return [
         ("esft profile", output.size(model.profiling)),
         ("esft profile --stream", output.size(model.streaming)),
+        ("  hidden states of these, or in a file", output.size(model.hidden)),
         ("esft eval", output.size(model.evaluation)),
         ("esft generate", output.size(model.generation)),
         (f"  --expert-memory {least}, the least", output.size(model.generation_least)),
@@ -218,11 +219,19 @@ def _processes(found: Plan) -> list[tuple[str, str]]:
     several = found.processes
     if several is None:
         return []
-    return [
+    rows = [
         ("devices", str(several.count)),
+        ("before training, each (the whole model)", output.size(several.loading)),
         ("data parallel, each", output.size(several.replicated)),
-        ("sharded (FSDP2), each", output.size(several.sharded)),
     ]
+    if several.sharded is not None:
+        rows.append(("sharded (FSDP2), each, while training", output.size(several.sharded)))
+    if several.by_expert is not None:
+        rows.append(("expert parallel, each", output.size(several.by_expert)))
+    rows.append(("checkpoint, each machine reads", output.size(several.node)))
+    if several.tokens_per_second is not None:
+        rows.append(("tokens/s at best (no exchange counted)", f"{several.tokens_per_second:,.0f}"))
+    return rows
 
 
 def _time(found: Plan) -> list[tuple[str, str]]:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from esft.errors import ModelError
 from esft.plans.batch import Batch
 from esft.plans.optimizers import optimizer_name
 from esft.plans.records import Case, Change, Fit
-from esft.plans.scaling import fewest_shards, scaled
+from esft.plans.scaling import Whole, fewest_shards, scaled
 from esft.recipe_sections import Recipe, SelectionSpec
 from esft.run.choice import selection_rule
 
@@ -34,6 +35,7 @@ class _Search:
     rehearse: Rehearse
     keys: dict[str, Any]
     found: list[Change]
+    streamed: int | None
     scored: bool = False  # elsewhere, so that the run need not
 
     @property
@@ -73,14 +75,16 @@ def fit(
     device: str,
     per_expert: int,
     experts: int,
-    largest: int,
+    streamed: int | None,
     rehearse: Rehearse,
+    whole: Callable[[Recipe, Case], Whole],
 ) -> Fit:
     """Say whether a run fits, and if not, what would make it.
 
     Changes are tried in the order of what they cost the user, each on top of those before, until
-    the run fits: smaller batches (nothing), gradient checkpointing (time), a narrower optimizer
-    state and narrower trained weights (precision), fewer experts, shorter rows (data).
+    the run fits: experts scored elsewhere, smaller batches (nothing), gradient checkpointing
+    (time), frozen weights in few bits, a narrower optimizer state and narrower trained weights
+    (precision), fewer experts, shorter rows (data).
 
     Args:
         recipe: of the run.
@@ -90,8 +94,9 @@ def fit(
         device: `cpu` or `cuda`.
         per_expert: parameters of a routed expert.
         experts: of the layer with the fewest.
-        largest: bytes of the largest layer.
+        streamed: bytes that `esft profile` would take, where it would stream; else None.
         rehearse: see `Rehearse`.
+        whole: what several processes would share of a run.
     """
     peak = case.memory.peak
     if peak is None:
@@ -100,20 +105,20 @@ def fit(
         return Fit(limit, low <= limit, (), f"{words} {_gb(low)} of {_gb(limit)}")
     if peak <= limit:
         return Fit(limit, True, (), f"fits: {_gb(peak)} of {_gb(limit)}")
-    search = _Search(recipe, case, batch, limit, device, rehearse, {}, [])
+    search = _Search(recipe, case, batch, limit, device, rehearse, {}, [], streamed)
     enough = any(attempt() for attempt in _attempts(search, per_expert, experts))
-    memory = search.case.memory
     if enough:
         last = search.found[-1]
         verdict = f"does not fit: {_gb(peak)} of {_gb(limit)}; with the changes {_gb(last.peak)}"
         return Fit(limit, False, tuple(search.found), verdict)
-    count = fewest_shards(memory, limit, largest)
+    last_run = whole(search.recipe, search.case)
+    count = fewest_shards(last_run, limit)
     if count is None:
         verdict = f"does not fit: {_gb(peak)} of {_gb(limit)}, and no change of the recipe helps"
         return Fit(limit, False, tuple(search.found), verdict)
-    sharded = scaled(memory, count, largest).sharded
+    sharded = scaled(last_run, count).sharded_peak
     assert sharded is not None
-    words = f"{count} processes, weights and states sharded (FSDP2); esft trains in one so far"
+    words = f"{count} processes, weights and states sharded (FSDP2)"
     search.note(search.keys, words, sharded)
     verdict = (
         f"does not fit: {_gb(peak)} of {_gb(limit)}, and no change of the recipe is enough on one "
@@ -152,6 +157,10 @@ def _attempts(search: _Search, per_expert: int, experts: int) -> Iterator[Callab
         yield lambda: search.attempt(
             {"training.gradient_checkpointing": True}, "layers computed twice: about a third slower"
         )
+    if search.recipe.selects_experts and search.recipe.frozen_dtype is None:
+        for kind, cost in (("int8", "hardly any precision"), ("nf4", "some precision, and time")):
+            words = f"frozen weights in {kind}: costs {cost}"
+            yield functools.partial(_few_bits, search, kind, words)
     optimizer = optimizer_name(search.recipe.training)
     if search.device == "cuda" and "adamw" in optimizer and "8bit" not in optimizer:
         yield lambda: search.attempt(
@@ -178,7 +187,16 @@ def _score_elsewhere(search: _Search) -> bool:
     search.scored = True
     search.keys |= {"selection": "selection.json", "routing_drift": False}
     words = "experts scored in a run of their own (esft profile, esft select)"
+    if search.streamed is not None:
+        words += f", one layer at a time in {_gb(search.streamed)}"
     return search.note(search.keys, words, search.peak)
+
+
+def _few_bits(search: _Search, kind: str, words: str) -> bool:
+    try:
+        return search.attempt({"frozen_dtype": kind}, words)
+    except ModelError:  # a family whose own code takes one expert at a time
+        return False
 
 
 def _fewer_experts(search: _Search, per_expert: int, experts: int) -> bool:

@@ -14,6 +14,7 @@ from esft.plans.fake_model import fake_model
 from esft.plans.parameters import largest_layer
 from esft.plans.passes import ask, peak, read, score
 from esft.plans.pretence import pretending
+from esft.streaming.available import WEIGHTS_SHARE
 
 _ON_THEIR_WAY = 2  # experts that are fetched because they are needed, beside the caches
 
@@ -59,6 +60,14 @@ class Inference:
     def generation_recommended(self) -> int | None:
         """The same with the recommended one."""
         return self._offloaded(self.recommended)
+
+    def streams(self, free: int) -> bool:
+        """Whether `esft profile` would go through the model one layer at a time.
+
+        Args:
+            free: bytes of the device; see `esft.streaming.available.too_large`.
+        """
+        return self.weights > WEIGHTS_SHARE * free
 
     def _offloaded(self, experts: int) -> int | None:
         return None if self.generation is None else self.generation - self.experts + experts
@@ -112,8 +121,9 @@ def rehearse_inference(config: Any, dtype: torch.dtype, texts: Texts) -> Inferen
         hidden = texts.sample * text_config(model).hidden_size * width
         two_layers = 2 * largest_layer(model, width)
         each, top_k = max(map(_expert, layers)) * width, max(layer.top_k for layer in layers)
-        # One token's experts in every layer, a layer's that are guessed, and those on their way.
-        usual = top_k * (len(layers) + 1) + _ON_THEIR_WAY
+        # One token's experts in every layer, the guessed ones of one, and those on their way; see
+        # `esft.offload.split`.
+        usual = top_k * len(layers) + (top_k + 1) // 2 + _ON_THEIR_WAY
         experts = sum(layer.num_experts * _expert(layer) for layer in layers) * width
         return Inference(
             weights=weights,

@@ -21,7 +21,8 @@ from esft.plans.fitting import fit
 from esft.plans.inference import Inference, Texts, rehearse_inference
 from esft.plans.parameters import by_kind, largest_layer
 from esft.plans.probe import take_probe
-from esft.plans.records import Case, Fit, Probe
+from esft.plans.records import Case, Fit, Probe, Processes
+from esft.plans.scaling import Whole, scaled
 from esft.plans.scored import TOKENS as SCORED
 from esft.plans.stored import Stored, read_stored
 from esft.profiling import context_length, tokens_at_once
@@ -159,10 +160,21 @@ class Planner:
         )
         return rehearse_inference(self.skeleton.config, self.dtype, texts)
 
-    @cached_property
-    def largest(self) -> int:
-        """Bytes of the largest layer's weights."""
-        return largest_layer(self.skeleton, self.dtype.itemsize)
+    def whole(self, case: Case) -> Whole:
+        """Return what several processes would share."""
+        return Whole.of(
+            self.recipe,
+            case,
+            largest=largest_layer(self.skeleton, self.dtype.itemsize),
+            experts=self.anatomy.routed * self.dtype.itemsize,
+            width=self.dtype.itemsize,
+            stored=self.stored.bytes,
+        )
+
+    def processes(self, many: Case, count: int, probe: Probe | None) -> Processes:
+        """Return what each of several processes needs."""
+        speed = None if probe is None else count * probe.tokens_per_second
+        return replace(scaled(self.whole(many), count), tokens_per_second=speed)
 
     def changed(self, recipe: Recipe) -> Planner:
         """Return the planner of another recipe for the same model; what is known stays known."""
@@ -182,12 +194,12 @@ class Planner:
                 device=self.device,
                 per_expert=self.anatomy.per_expert,
                 experts=min(layer.num_experts for layer in self.anatomy.layers),
-                largest=self.largest,
+                streamed=self.inference.streaming if self.inference.streams(limit) else None,
                 rehearse=self._rehearse,
+                whole=lambda recipe, case: self.changed(recipe).whole(case),
             )
             task.advance()
-        profiling = self.inference.profiling
-        return replace(found, streams=None if profiling is None else profiling > limit)
+        return replace(found, streams=self.inference.streams(limit))
 
     def _rehearse(self, recipe: Recipe) -> Case:
         planner = self.changed(recipe)
@@ -218,7 +230,7 @@ class Planner:
         if self.device == "cuda":
             yield "computed for a GPU with the PyTorch path of the experts; not measured on one"
         if processes > 1:
-            yield "several processes: computed; esft trains in one process so far"
+            yield "several processes: computed, not measured"
         quantised = getattr(self.skeleton.config, "quantization_config", None)
         if quantised:
             told = quantised if isinstance(quantised, dict) else quantised.to_dict()

@@ -126,19 +126,41 @@ class Case:
 
 @dataclass(frozen=True)
 class Processes:
-    """Bytes per device with several processes, by formula; esft trains in one so far.
+    """Bytes per device with several processes, by formula.
 
     Attributes:
         count: how many.
+        loading: the most before and after training, in each process: it has the whole model, to
+            score experts and rows by, until FSDP2 shards it.
         replicated: peak with plain data parallel: everything on each device, and the buckets in
             which gradients are summed.
-        sharded: peak with FSDP2 (full shard): weights, gradients and optimizer state divided, two
-            layers gathered at a time, activations as with one.
+        sharded: while training with FSDP2 (full shard): weights, gradients and optimizer state
+            divided, two layers gathered at a time, activations as with one. None where the run
+            cannot be sharded.
+        by_expert: while training with expert parallelism: of the experts' weights, gradients and
+            optimizer state each has its part, of everything else all. None where something else
+            than selected experts trains, or where frozen weights are in few bits.
+        node: bytes that each machine reads: the checkpoint. The first also has the run's folder.
+        tokens_per_second: of data parallel at the speed of the probe, if nothing were lost to the
+            exchange of gradients; None without a probe.
     """
 
     count: int
+    loading: int | None
     replicated: int | None
     sharded: int | None
+    by_expert: int | None
+    node: int
+    tokens_per_second: float | None = None
+
+    @property
+    def sharded_peak(self) -> int | None:
+        """The most with FSDP2 at any time, the whole model before it is sharded included."""
+        return None if self.sharded is None else max(self.sharded, self.loading or 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready description."""
+        return asdict(self) | {"sharded_peak": self.sharded_peak}
 
 
 @dataclass(frozen=True)
@@ -167,15 +189,14 @@ class Fit:
         fits: whether the larger case does.
         changes: cheapest first: each by itself, then together until it fits; empty if it fits.
         verdict: one line.
-        streams: whether the model in memory would leave too little to profile it, so that
-            `esft profile` goes through it one layer at a time; None where that is not known.
+        streams: whether `esft profile` would go through the model one layer at a time.
     """
 
     memory: int
     fits: bool
     changes: tuple[Change, ...]
     verdict: str
-    streams: bool | None = None
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,6 +284,7 @@ class Plan:
             "stored": self.stored.to_dict(),
             "load_in": self.load_in and self.load_in.to_dict(),
             "batch": self.batch.to_dict(),
+            "processes": self.processes and self.processes.to_dict(),
             "few": self.few.to_dict(),
             "inference": self.inference.to_dict(),
             "many": self.many.to_dict(),

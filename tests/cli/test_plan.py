@@ -22,9 +22,13 @@ def test_a_table_for_people() -> None:
         "does not fit",
         "selection=selection.json",
         "sharded (FSDP2), each",
+        "expert parallel, each",
+        "esft profile --stream",
+        "the least",
+        "esft profile: with the model in memory",
         "stay in bfloat16",
         "train.jsonl is no file here",
-        "esft trains in one process so far",
+        "several processes: computed, not measured",
     ):
         assert words in result.stdout, words
 

@@ -12,7 +12,10 @@ import torch
 
 import esft
 from esft.data.example import Example
+from esft.errors import EsftError
 from esft.evaluation import score_rows
+from esft.moe import moe_layers
+from esft.offload.split import split
 from esft.plans.inference import Inference, Texts, rehearse_inference
 from esft.plans.pretence import Tracker
 from esft.profiling import profile_model
@@ -70,7 +73,7 @@ def test_sizes_by_hand() -> None:
     assert found.cache == 2 * LAYERS * LENGTH * heads * 4
     assert found.hidden == 4 * ROWS * LENGTH * HIDDEN
     assert found.least == TOP_K * expert
-    assert found.recommended == (TOP_K * LAYERS + TOP_K + 2) * expert
+    assert found.recommended == (TOP_K * LAYERS + 1 + 2) * expert
     assert found.generation is not None
     assert found.generation_least == found.generation - found.experts + found.least
     assert found.profiling is not None
@@ -87,8 +90,25 @@ def test_a_plan_says_how_the_model_would_be_profiled(tmp_path: Path) -> None:
     recipe["data"] = {"train": "absent.jsonl", "max_length": 64}
     found = esft.plan(recipe).inference
     assert found.hidden == 4 * 4096 * HIDDEN
-    assert found.profiling is not None
-    for limit, streams in ((found.profiling, False), (found.profiling - 1, True)):
+    for limit, streams in ((2 * found.weights, False), (found.weights, True)):
         fit = esft.plan(recipe, memory=limit).fit
         assert fit is not None
         assert fit.streams is streams
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expert_memory_is_what_the_commands_take(family: str) -> None:
+    """The least is accepted, a byte less refused; the recommended keeps a token's experts."""
+    found = planned(family)
+    layers = moe_layers(tiny(family))
+    experts = {layer.index: layer.num_experts for layer in layers}
+    each = found.experts // sum(experts.values())
+
+    def kept(budget: int) -> set[int]:
+        return set(split(budget, experts=experts, expert_bytes=each, top_k=TOP_K).kept.values())
+
+    assert kept(found.least)
+    with pytest.raises(EsftError, match="too few"):
+        kept(found.least - 1)
+    assert kept(found.recommended) == {TOP_K}
+    assert min(kept(found.recommended - 1)) < TOP_K
