@@ -29,7 +29,7 @@ from esft.loading import (
 from esft.locating import resolve
 from esft.moe import anatomy, moe_layers, text_config
 from esft.plans.memory_size import memory_bytes
-from esft.processes import as_one, is_main, rank
+from esft.processes import as_one, gathered, is_main, rank
 from esft.processes import count as processes
 from esft.progress import SILENT, Reporter
 from esft.scores import Scores
@@ -125,7 +125,8 @@ def profile(
     }
     place = pick_device(device)
     if stream is None:
-        stream = too_large(skeleton, pick_dtype(dtype, place), place, reporter)
+        own = too_large(skeleton, pick_dtype(dtype, place), place, reporter)
+        stream = any(gathered(own, "profile"))  # all alike, whatever memory each finds free
     if stream:
         scores = profile_streamed(
             folder,
