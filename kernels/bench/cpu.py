@@ -25,6 +25,7 @@ from esft_cli.memory import keep_freed_memory
 from esft_kernels import ExpertBank, Projection, SwiGLU, moe_mlp
 from esft_kernels.bank import frozen_ids, slot_map
 from esft_kernels.grouped_mm import grouped_outer
+from esft_kernels.quantised import quantise
 from peft import LoraConfig, get_peft_model
 from setting import cpus, in_turn, machine, ratio, table
 from torch import Tensor, nn
@@ -97,19 +98,29 @@ class Case:
         model = get_peft_model(holder, LoraConfig(r=8, target_modules=[], target_parameters=names))
         return Step(self, model.base_model.model["experts"], list(model.parameters()))
 
-    def ours(self) -> Step:
-        """Return `moe_mlp`; the trainable bank is in fp32, as `esft` has it."""
+    def ours(self, kind: str | None = None) -> Step:
+        """Return `moe_mlp`; the trainable bank is in fp32, as `esft` has it.
+
+        Args:
+            kind: of a quantised frozen bank.
+        """
         rest = frozen_ids(self.selected, self.shape.E)
-        ups, downs = (
-            Projection(weight[self.selected].float().requires_grad_(), weight[rest])
-            for weight in (self.experts.gate_up_proj.detach(), self.experts.down_proj.detach())
-        )
+
+        def projection(weight: Tensor) -> Projection:
+            frozen = weight.detach()[rest]
+            return Projection(
+                weight.detach()[self.selected].float().requires_grad_(),
+                quantise(frozen, kind) if kind else frozen,
+            )
+
+        ups, downs = projection(self.experts.gate_up_proj), projection(self.experts.down_proj)
         bank = ExpertBank(ups, downs, slot_map(self.selected, self.shape.E), SwiGLU())
 
         def layer(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             return moe_mlp(x, index, weight, bank)
 
-        return Step(self, layer, [ups.trainable, ups.frozen, downs.trainable, downs.frozen])
+        banks = [ups.trainable, ups.frozen, downs.trainable, downs.frozen]
+        return Step(self, layer, [bank for bank in banks if isinstance(bank, Tensor)])
 
 
 def _scores(shape: Shape, selected: list[int], share: float) -> Tensor:

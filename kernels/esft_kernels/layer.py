@@ -15,6 +15,7 @@ def moe_mlp(x: Tensor, topk_index: Tensor, topk_weight: Tensor, bank: ExpertBank
 
     The backward gives the gradients of `x` and `topk_weight` through all experts, and weight
     gradients for the trainable bank alone: nothing of the frozen bank's size is ever allocated.
+    A quantised frozen bank is dequantised some experts at a time, in the backward anew.
     Two calls with equal input give equal bits. Triton kernels on an NVIDIA GPU, PyTorch elsewhere;
     the environment variable `ESFT_KERNELS` (`naive`, `grouped` or `triton`) overrides the choice.
 

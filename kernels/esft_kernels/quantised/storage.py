@@ -13,7 +13,7 @@ from esft_kernels.quantised.decoding import decode
 from esft_kernels.quantised.kinds import SCALES, Kind, kind_named
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared as a tensor would be: not at all
 class Quantised:
     """A weight `[..., C]` in blocks along its last dimension; no block crosses a row.
 
