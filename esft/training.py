@@ -55,6 +55,7 @@ from esft.run.reporting import reporting
 from esft.run.result import RunResult
 from esft.run.resuming import explain_interruption, how_to_go_on, to_resume
 from esft.run.scoring import Scorer
+from esft.run.sharding import check_sharding
 from esft.run.task_data import prepare
 from esft.run.trainer import EsftTrainer
 from esft.scores import Scores
@@ -145,6 +146,7 @@ class _Run:
         self.interruption = interruption
         # What can fail cheaply fails first: arguments, the model's family, data, then weights.
         self.arguments = training_arguments(recipe, out)
+        check_sharding(recipe, self.arguments)
         self.folder = resolve(recipe.model)
         self.anatomy = inspect(self.folder)
         refuse_quantised(self.folder)

@@ -20,7 +20,7 @@ from esft.run import checkpoint
 from esft.run.checkpoint import SavedState
 from esft.run.interruption import Interrupted, Interruption
 from esft.run.random_state import draw_apart, random_state, restore_random_state
-from esft.run.sharding import as_kept, local, whole
+from esft.run.sharding import as_kept, local, reshard, whole
 
 
 class Cursor(NamedTuple):
@@ -86,6 +86,7 @@ class Checkpoints(TrainerCallback):
             Interrupted: a signal asked for it.
         """
         trainer, state = self._trainer, self._trainer.state
+        reshard(trainer.model)
         trainer.store_flos()
         scaler = trainer.accelerator.scaler
         for callback in self._stateful():
@@ -150,6 +151,7 @@ class Checkpoints(TrainerCallback):
         Raises:
             CheckError: the model does not train what was saved, or gets something else.
         """
+        reshard(self._trainer.model)
         load_tensors(trainable_parameters(self._trainer.model), saved, "parameter")
         load_tensors(self.buffers, saved, "buffer")
 

@@ -49,10 +49,13 @@ _HONOURED = """
     eval_strategy eval_steps eval_delay eval_on_start
     save_strategy save_steps
     load_best_model_at_end metric_for_best_model greater_is_better
+    fsdp fsdp_config
 """
 HONOURED = frozenset(_HONOURED.split())
 
-_ONE_PROCESS = "a run is one process so far"
+_FOR_THE_EXPERTS = "it is set as experts that no token of a process chose need it"
+_LAUNCHER = "the launcher (torchrun, accelerate launch) says it"
+_ONE_WRITER = "the first process writes and tells for all"
 _ITS_OWN_EVALUATION = "rows are scored as by esft eval, whose memory does not depend on it"
 _NOTHING_PUSHED = "nothing is uploaded; upload the delta's folder yourself"
 _UNUSED = "transformers' training loop has no use for it"
@@ -63,20 +66,18 @@ NOT_HONOURED = {
     "resume_from_checkpoint": "resume with --resume",
     "use_cpu": "set device: cpu instead",
     "full_determinism": "set deterministic: true, beside training and not in it",
-    "deepspeed": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "parallelism_config": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
-    "ddp_bucket_cap_mb": _ONE_PROCESS,
-    "ddp_broadcast_buffers": _ONE_PROCESS,
-    "ddp_static_graph": _ONE_PROCESS,
-    "ddp_backend": _ONE_PROCESS,
-    "ddp_timeout": _ONE_PROCESS,
-    "local_rank": _ONE_PROCESS,
-    "log_on_each_node": _ONE_PROCESS,
-    "log_level_replica": _ONE_PROCESS,
-    "save_on_each_node": _ONE_PROCESS,
+    "deepspeed": "no delta is written from its buffers; set training.fsdp, which shards as much",
+    "parallelism_config": "launched processes share the rows, with training.fsdp the model",
+    "ddp_find_unused_parameters": _FOR_THE_EXPERTS,
+    "ddp_bucket_cap_mb": _FOR_THE_EXPERTS,
+    "ddp_broadcast_buffers": _FOR_THE_EXPERTS,
+    "ddp_static_graph": _FOR_THE_EXPERTS,
+    "ddp_backend": "NCCL between GPUs, gloo between CPUs",
+    "ddp_timeout": "set ESFT_TIMEOUT, in seconds, where the processes are launched",
+    "local_rank": _LAUNCHER,
+    "log_on_each_node": _ONE_WRITER,
+    "log_level_replica": _ONE_WRITER,
+    "save_on_each_node": _ONE_WRITER,
     "accelerator_config": "its settings would change batches and accumulation unseen; set the "
     "fields for them (gradient_accumulation_steps, dataloader_drop_last, ...)",
     "bf16_full_eval": _ITS_OWN_EVALUATION,
@@ -180,7 +181,8 @@ def check_training(training: Mapping[str, Any], places: Places) -> dict[str, Any
             why = NOT_HONOURED.get(name, "it is newer than this version of esft")
             raise RecipeError(f"{place}: cannot be set: {why}")
         try:
-            found = TypeAdapter(hints.get(name) or hints[key]).validate_python(value)
+            kind = bool if name == "fsdp" else hints.get(name) or hints[key]
+            found = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise RecipeError(

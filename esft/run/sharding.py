@@ -6,21 +6,111 @@ what trains is sharded, too, and its gradients are reduced.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from esft import processes
 from esft.banks import TrainedExperts
+from esft.errors import RecipeError, nearest
+from esft.recipe_sections import Recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether processes keep parts of a model's parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+# What of `training.fsdp_config` may be set. The rest is of FSDP1 or of other devices, or it is for
+# checkpoints, which esft writes itself.
+_CONFIG = (
+    "version",
+    "reshard_after_forward",
+    "auto_wrap_policy",
+    "transformer_layer_cls_to_wrap",
+    "min_num_params",
+)
+
+
+def asked_for(arguments: TrainingArguments) -> bool:
+    """Whether the recipe, or `accelerate launch`, asks for FSDP."""
+    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def check_sharding(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Refuse what does not go with FSDP, and have every process load the whole model.
+
+    Each of them profiles a part of the sample, and selects, before the model is sharded.
+
+    Raises:
+        RecipeError: names the key and says why.
+    """
+    if not asked_for(arguments):
+        return
+    for key in recipe.training.get("fsdp_config") or {}:
+        if key.removeprefix("fsdp_") not in _CONFIG:
+            raise RecipeError(
+                f"training.fsdp_config: {key}: cannot be set{nearest(key, _CONFIG)}; known are "
+                f"{', '.join(_CONFIG)}"
+            )
+    # accelerate launch turns it on by itself; all but the first process would have no weights.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    plugin = _plugin(arguments)
+    if processes.count() == 1:
+        raise RecipeError(
+            "training.fsdp: shares the model among processes, and there is one; launch several: "
+            "torchrun --nproc-per-node 2 -m esft_cli train ..."
+        )
+    if plugin.fsdp_version != 2:
+        raise RecipeError("training.fsdp: FSDP1 is not supported; set its version to 2")
+    if plugin.activation_checkpointing:
+        raise RecipeError(
+            "training.fsdp_config: activation_checkpointing renames what trains; set "
+            "training.gradient_checkpointing: true instead"
+        )
+    if recipe.training.get("fp16"):
+        raise RecipeError("training.fp16: its gradient scaler does not go with FSDP; use bf16")
+    if recipe.frozen.kinds:
+        raise RecipeError(
+            "frozen_dtype: FSDP shards parameters, and these are stored otherwise: every process "
+            "would keep all of them; leave out frozen_dtype, or FSDP"
+        )
+    if recipe.method == "lora":
+        raise RecipeError(
+            "method: lora: PEFT's adapters of stacked experts do not go with FSDP; use hot-lora"
+        )
+
+
+def shard_on_cpu(accelerator: Any, arguments: TrainingArguments) -> None:
+    """Have accelerate shard on CPUs, too, where FSDP is asked for.
+
+    It turns FSDP on for its list of accelerators only (`AcceleratorState.__init__`, 1.15), and on a
+    CPU replicates without a word; its `fully_shard` calls work there as well.
+    """
+    if accelerator.device.type != "cpu" or not asked_for(arguments):
+        return
+    accelerator.state.fsdp_plugin = _plugin(arguments)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.mixed_precision != "no":
+        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+
+
+def _plugin(arguments: TrainingArguments) -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(**(arguments.fsdp_plugin_args or {}))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every process keep its part again of what is whole since the last forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(value: Any) -> Any:
@@ -53,6 +143,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     come back after the block. Does nothing where nothing is sharded.
     """
     parts: list[tuple[nn.Module, str, nn.Parameter]] = []
+    reshard(model)
     try:
         for module, name, parameter in _saved(model):
             if not isinstance(parameter, DTensor):

@@ -31,7 +31,7 @@ from esft.run.labelled import labelled_logits, total_weight
 from esft.run.log import Metrics, Progress, log_line
 from esft.run.memory import peak_memory
 from esft.run.processes import once
-from esft.run.sharding import finite, whole
+from esft.run.sharding import finite, shard_on_cpu, whole
 
 
 class Trained(NamedTuple):
@@ -186,6 +186,12 @@ class EsftTrainer(Trainer):
             if self.interruption.signal is not None:
                 self.saving.save_once()
         return Trained(steps, self._total_loss_scalar / steps)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's hook: let FSDP be what was asked for."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self.accelerator, self.args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of this process's batches; together they are those of one process."""

@@ -39,14 +39,23 @@ SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def split(shared: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a run whose steps are split in some way."""
-    options = dict(options)
-    sections = {key: options.pop(key) for key in ("losses", "method") if key in options}
+    options = {"routing_drift": False} | options
+    sections = {
+        key: options.pop(key)
+        for key in ("losses", "method", "evaluated", "routing_drift", "dtype", "frozen_dtype")
+        if key in options
+    }
     if sections.get("losses"):
         sections["train"] = {"router": True}
+    data = {"packing": options.pop("packing", False)}
+    if sections.pop("evaluated", False):
+        data["eval"] = str(shared / "train.jsonl")
+        sections["evaluation"] = {"metrics": ["chrf"], "max_new_tokens": 4}
+        options |= {"eval_strategy": "steps", "eval_steps": 4}
     wanted = recipe(
         shared / "tiny",
         shared / f"{options.pop('rows', 'train')}.jsonl",
-        data={"packing": options.pop("packing", False)},
+        data=data,
         per_device_train_batch_size=options.pop("batch"),
         gradient_accumulation_steps=options.pop("accumulated", 1),
         **{"neftune_noise_alpha": None, "save_strategy": "no"} | options,

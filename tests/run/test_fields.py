@@ -86,6 +86,7 @@ VALUES: dict[str, Any] = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_perplexity",
     "greater_is_better": False,
+    "fsdp": True,
 }
 NEEDS: dict[str, dict[str, Any]] = {
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},
@@ -95,13 +96,15 @@ NEEDS: dict[str, dict[str, Any]] = {
     "metric_for_best_model": {"eval_strategy": "epoch"},
     "greater_is_better": {"eval_strategy": "epoch"},
 }
-# Three are a GPU's; gradient checkpointing is not transformers' but esft's.
+# Three are a GPU's; gradient checkpointing is not transformers' but esft's; fsdp_config has the
+# defaults filled in.
 ELSEWHERE = {
     "tf32",
     "fp16",
     "dataloader_pin_memory",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
+    "fsdp_config",
 }
 
 
