@@ -265,13 +265,15 @@ def attach_delta(model: PreTrainedModel, base_folder: Path, folder: Path) -> Pre
     """Load a delta's weights into a model loaded from its base, in place, and return the model.
 
     Raises:
-        DeltaError: the delta is damaged.
+        DeltaError: the delta is damaged, or the model's own weights are in few bits.
         CheckError: it was made from another base.
     """
     from esft.adapter import merge_adapter
     from esft.names import write_into
+    from esft.quantising.deltas import refuse_few_bits
 
     delta = read_delta(folder)
+    refuse_few_bits(model, delta)
     base = open_checkpoint(base_folder)
     delta.check_base(base)
     if delta.is_adapter:

@@ -25,6 +25,7 @@ from esft.layouts.interface import InterfaceLayout, expert_bank
 from esft.locating import resolve
 from esft.moe import MoeLayer, moe_layers
 from esft.names import layer_parts
+from esft.quantising.deltas import refuse_few_bits
 from esft.shards import open_checkpoint
 
 if TYPE_CHECKING:
@@ -110,11 +111,13 @@ def load_delta(
 
     Raises:
         CheckError: the delta was made from another base.
-        DeltaError: it is damaged, changes more than routed experts, or its name is taken.
+        DeltaError: it is damaged, changes more than routed experts, or its name is taken; or the
+            model's own weights are in few bits.
         ModelError: the model cannot take deltas.
     """
     opened = read_delta(Path(delta))
     name = name or Path(delta).resolve().name
+    refuse_few_bits(model, opened)
     layers = _supported(moe_layers(model))
     loaded = _loaded(layers[0])
     if loaded is not None and name in loaded.chosen.names:

@@ -23,6 +23,7 @@ from esft.errors import ModelError
 from esft.layouts.layout import UNREAD
 from esft.loading import check_loadable, pick_device, pick_dtype
 from esft.moe import MoeLayer
+from esft.quantising.deltas import LOADED_SO
 from esft.quantising.embedding import QuantisedEmbedding
 from esft.quantising.linear import QuantisedLinear
 from esft.quantising.parts import EXPERTS, stored_kinds
@@ -87,6 +88,7 @@ def load_quantised(
         else:
             source.put({names[0]: value.to(place)})
     _move_buffers(source, place)
+    setattr(source.model, LOADED_SO, dict(kinds))
     return source.model
 
 

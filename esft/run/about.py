@@ -52,6 +52,8 @@ def about_run(
             "evaluation": None if evaluation is None else evaluation.to_dict(),
         },
     }
+    if kinds := recipe.frozen.kinds:
+        about["training"]["frozen_dtype"] = kinds
     if adapter is not None:
         about["adapter"] = dict(adapter)
     if selection is not None:

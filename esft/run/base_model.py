@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from esft.errors import ModelError
 from esft.loading import load_model
 from esft.progress import SILENT, Reporter
 from esft.quantising.checkpoint import load_quantised
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from esft.methods import Method
+    from esft.run.choice import Sampler
+    from esft.scores import Scores
 
 
 class BaseModel:
@@ -49,11 +52,26 @@ class BaseModel:
         self._checked = False
 
     def exact(self) -> PreTrainedModel:
-        """Return the model with its own weights; scores are of these, and LoRA's rank."""
+        """Return the model with its own weights, all of them in memory."""
         if self._exact is None:
             self._exact = load_model(self._folder, device=self._device, dtype=self._recipe.dtype)
             self._check_once(self._exact)
         return self._exact
+
+    def scores(self, sampler: Sampler) -> Scores:
+        """Profile the base with its own weights, never all of them in memory if few bits will do.
+
+        Raises:
+            ModelError: the family cannot be profiled, or the checkpoint is damaged.
+        """
+        if self._recipe.frozen.kinds:
+            try:
+                return sampler.profile_streamed(
+                    self._folder, device=self._device, dtype=self._recipe.dtype
+                )
+            except ModelError as error:
+                self._reporter.note(f"{error}; all weights are loaded to profile this model")
+        return sampler.profile(self.exact(), self._folder)
 
     def to_train(self, method: Method) -> PreTrainedModel:
         """Return the model for the method to prepare; what `exact` returned is not used any more.

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from esft.data.example import Example
 from esft.data.row import Row
+from esft.loading import load_skeleton, pick_device, pick_dtype
 from esft.moe import Anatomy
-from esft.profiling import context_length, profile_model, sample_rows, stored_bytes
+from esft.processes import count, rank
+from esft.profiling import (
+    context_length,
+    profile_model,
+    sample_rows,
+    stored_bytes,
+    tokens_at_once,
+)
 from esft.progress import Reporter
 from esft.recipe_sections import Recipe, SelectionSpec
 from esft.run.drift import TOKENS, DriftMeter
@@ -17,6 +25,8 @@ from esft.run.folder import MATCHED, SELECTION
 from esft.scores import Scores
 from esft.selection import Selection
 from esft.selection_rule import choose_layers, make_rule
+from esft.streaming.profiled import profile_streamed
+from esft.tally import Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +106,32 @@ class Sampler:
             name=self._recipe.model,
             bytes_per_parameter=stored_bytes(folder),
             split=True,
+            reporter=self._reporter,
+        )
+
+    def profile_streamed(self, folder: Path, *, device: str | None, dtype: str) -> Scores:
+        """Score a checkpoint's experts as `profile` does, with two layers in memory at a time.
+
+        Args:
+            folder: of the checkpoint.
+            device: see `esft.loading.pick_device`.
+            dtype: see `esft.loading.pick_dtype`.
+
+        Raises:
+            ModelError: the family cannot be profiled so, or a file is missing or damaged.
+        """
+        spec, place = selection_rule(self._recipe), pick_device(device)
+        return profile_streamed(
+            folder,
+            self._sample(load_skeleton(folder), spec),
+            count=spec.count,
+            cooccurrence=False,
+            name=self._recipe.model,
+            bytes_per_parameter=stored_bytes(folder),
+            batch_tokens=tokens_at_once(place.type),
+            share=Share(rank(), count()),
+            device=place,
+            dtype=pick_dtype(dtype, place),
             reporter=self._reporter,
         )
 
