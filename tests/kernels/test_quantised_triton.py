@@ -73,13 +73,10 @@ def assert_matches_oracle(
 @pytest.mark.parametrize(
     ("style", "selected"),
     [
-        ("swiglu", [5, 0]),
         ("swiglu", [2, 0, 1, 5, 4, 3]),
+        ("swiglu interleaved", [5, 0]),
         ("swiglu transposed", []),
-        ("swiglu interleaved with biases", [5, 0]),
         ("any function transposed with biases", [5, 0]),
-        ("any function with biases", []),
-        ("no gate", [1]),
     ],
 )
 def test_matches_oracle(style, selected, guarded):
@@ -95,9 +92,7 @@ def test_chunks_of_experts(scratch, selected, style, monkeypatch, guarded):
     assert_matches_oracle(*with_stored(bank, "int8"), inputs(1, 4, FP32, hidden=16))
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "bound"), [("nf4", BF16, 2e-2), ("int8", BF16, 2e-2), ("int3", FP16, 2e-3)]
-)
+@pytest.mark.parametrize(("kind", "dtype", "bound"), [("nf4", BF16, 2e-2), ("int3", FP16, 2e-3)])
 def test_matches_oracle_in_16_bits(kind, dtype, bound, guarded):
     bank = layer([5, 0], dtype=dtype, param_dtype=FP32)
     assert_matches_oracle(*with_stored(bank, kind), tokens(15, 2, dtype), bound)
