@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 import weakref
 from collections import Counter, OrderedDict
 from types import SimpleNamespace
@@ -155,6 +156,38 @@ def test_what_is_needed_is_read_before_what_is_guessed() -> None:
     assert order[:2] == [(1, 1), (1, 2)]
     visit(cache, 1, [7])
     assert figures.read.staged == 1
+    cache.close()
+
+
+def test_a_guess_that_came_true_is_read_before_those_for_later_layers() -> None:
+    store = Store()
+    cache, _ = cache_of(store, split_of(2, staging=4))
+    store.gate.clear()
+    cache.guess(2, [1, 2, 3])
+    cache.guess(1, [7])
+    threading.Timer(0.05, store.gate.set).start()
+    visit(cache, 1, [7])
+    assert store.read_keys[:2] == [(3, 1), (2, 7)]
+    cache.close()
+
+
+@pytest.mark.parametrize("working", [1, 2])
+def test_one_is_computed_with_while_the_next_is_read(working: int) -> None:
+    store = Store()
+    cache, _ = cache_of(store, split_of(0, working=working))
+
+    def use(_expert: int, _weights: Any) -> None:
+        number = len(used) + 1
+        end = time.monotonic() + 5
+        while len(store.read_keys) < min(number + working - 1, 5) and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(0.01)  # for more to be read, if that were not held back
+        used.append(len(store.read_keys))
+
+    used: list[int] = []
+    cache.visit(0, [0, 1, 2, 3, 4], use, lambda: None)
+    assert used == [min(number + working - 1, 5) for number in range(1, 6)]
+    assert store.most <= working
     cache.close()
 
 
