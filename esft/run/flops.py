@@ -38,6 +38,7 @@ from esft import processes
 from esft.data.packing import TrainSet
 from esft.layouts import Layout
 from esft.moe import MoeLayer, text_config
+from esft.quantising.linear import QuantisedLinear
 from esft.scores import Scores
 from esft.selection import Selection
 
@@ -204,19 +205,24 @@ def _dense(
 ) -> Iterator[_Matrix]:
     """Yield every matrix that each token meets once."""
     # Looked up, or multiplied out once a pass.
-    others = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = _looked_up(model)
     others |= {id(weight) for module in model.modules() for weight in _wrapper_factors(module)}
     output = model.get_output_embeddings()  # type: ignore[operator]
+    # PEFT's wrappers of a layer have its weight; one in few bits would be read for nothing.
+    none = output is None or isinstance(output, QuantisedLinear)
+    head = None if none else output.weight
     for name, weight in parameters.items():
-        if weight.dim() < 2 or id(weight) in routed or id(weight) in others:
-            continue
-        if output is not None and weight is output.weight:
+        if weight.dim() < 2 or id(weight) in routed or id(weight) in others or weight is head:
             continue
         trains = float(weight.requires_grad or id(weight) in wrapped)
         yield _Matrix(weight.numel(), places[name], trains, inside)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear) and module is not output:
+            yield _Matrix(module.stored.shape.numel(), places[name], 0.0, inside)
     if output is not None:  # also where it is the input embedding, too
-        weight = output.weight
-        yield _Matrix(weight.numel(), _AFTER, float(weight.requires_grad), inside, labelled=True)
+        size = output.in_features * output.out_features if head is None else head.numel()
+        trains = float(head is not None and head.requires_grad)
+        yield _Matrix(size, _AFTER, trains, inside, labelled=True)
 
 
 def _experts(
@@ -309,15 +315,27 @@ def _attention(model: nn.Module) -> Iterator[tuple[int, _Width]]:
 
 
 def _places(model: nn.Module, layers: Sequence[MoeLayer]) -> dict[str, _Place]:
-    """Return where each parameter is."""
-    with_experts = {id(p) for layer in layers for p in layer.layout.block.parameters()}
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {
+    """Return where each parameter is, and each linear layer whose weight is none."""
+    blocks = [layer.layout.block for layer in layers]
+    with_experts = {id(p) for block in blocks for p in block.parameters()}
+    with_experts |= {id(module) for block in blocks for module in block.modules()}
+    looked_up = _looked_up(model)
+    places = {
         name: _BEFORE
         if id(parameter) in looked_up
         else _place(name, int(id(parameter) in with_experts))
         for name, parameter in model.named_parameters()
     }
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            places[name] = _place(name, int(id(module) in with_experts))
+    return places
+
+
+def _looked_up(model: nn.Module) -> set[int]:
+    """Return the identities of the weights that are looked up, and not multiplied by."""
+    modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return {id(module._parameters.get("weight")) for module in modules}
 
 
 def _place(name: str, part: int) -> _Place:

@@ -1,4 +1,4 @@
-"""`esft.train` with `frozen_dtype`: the promises hold, and what trained goes into the exact base."""
+"""`esft.train` with `frozen_dtype`: the promises hold; what trained goes into the exact base."""
 
 from __future__ import annotations
 
