@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -109,7 +110,7 @@ class Partial:
                 counted |= load_file(self.folder / name)
             self._counted, self.finished = state["counted"], state["finished"]
             return Reached(state["finished"], state["batches"], states, counted)
-        except (EsftError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (EsftError, SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             return f"{STATE} is damaged: {error}"
 
     def clear(self) -> None:

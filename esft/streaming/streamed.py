@@ -119,7 +119,8 @@ class _Run:
         reporter: Reporter,
     ) -> None:
         self._model, self._tally, self._device = source.model, tally, device
-        self._hidden_memory, self._partial, self._reporter = hidden_memory, partial, reporter
+        self._hidden_memory, self._reporter = hidden_memory, reporter
+        self._kept = self._partial = partial  # the second until saving fails
         self._layers = decoder_layers(source.model, source.layers)
         self._last = max(layer.index for layer in self._layers if layer.moe)
         self._weights = Weights(source, self._layers, device)
@@ -150,8 +151,8 @@ class _Run:
                     self._weights.drop(layer.index)
                     task.advance()
             except (Exception, KeyboardInterrupt) as error:
-                if self._partial is not None and not isinstance(error, _LooksBackError):
-                    self._tell_what_is_kept(self._partial)
+                if self._kept is not None and not isinstance(error, _LooksBackError):
+                    self._tell_what_is_kept(self._kept)
                 raise
             finally:
                 for traveller in self._travellers:

@@ -81,9 +81,11 @@ class Waiting:
         )
         self._held = {}
         for address, views in storages.items():
+            # Before they move: what is only looked at there comes back into memory.
+            digests = [_digest(view, old.get(id(view))) for view in views]
             place = places[address] or self._new(views, budget, file, written)
-            for view in views:
-                self._held[id(view)] = _hold(view, place, old.get(id(view)))
+            for view, found in zip(views, digests, strict=True):
+                self._held[id(view)] = _Held(weakref.ref(view), place, found, view._version)
 
     def _new(
         self,
@@ -145,10 +147,9 @@ def digest(tensor: Tensor) -> Digest:
     return [list(tensor.shape), str(tensor.dtype), int(total)]
 
 
-def _hold(view: Tensor, place: Place, old: _Held | None) -> _Held:
-    same = old is not None and old.version == view._version
-    sum_ = old.digest if old is not None and same else digest(view)
-    return _Held(weakref.ref(view), place, sum_, view._version)
+def _digest(view: Tensor, old: _Held | None) -> Digest:
+    unchanged = old is not None and old.version == view._version
+    return old.digest if old is not None and unchanged else digest(view)
 
 
 def _use(tensor: Tensor, storage: torch.UntypedStorage) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class Weights:
             if not self._running[module]:
                 self._source.empty(self._outside[module])
                 self._loaded.discard(module)
+        _give_back()
 
     def bring(self, index: int, *, ahead: bool = True) -> None:
         """Wait for a layer's weights and let the model have them; begin to read the next one's.
@@ -91,8 +93,9 @@ class Weights:
             self._read_ahead(index + 1)
 
     def drop(self, index: int) -> None:
-        """Take a layer's weights from the model again."""
+        """Take a layer's weights from the model again, and give their memory back."""
         self._source.empty(self._names(index))
+        _give_back()
 
     def _names(self, index: int) -> tuple[str, ...]:
         return self._source.under(self._layers[index].name)
@@ -147,3 +150,12 @@ class Weights:
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
         self._running[module] -= 1
         self._done.add(module)
+
+
+def _give_back() -> None:
+    """Let the system have freed memory, where it can be asked to (glibc).
+
+    What is freed below 32 MB stays with the process, and the next layer need not fit into its gaps.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
