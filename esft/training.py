@@ -269,7 +269,7 @@ class _Run:
         wanted = self.recipe.selects_experts or self.recipe.matches_esft
         if not wanted or self.selection is not None or self.matched is not None:
             return None
-        scores = sampler.profile(base.exact(), self.folder)
+        scores = base.scores(sampler)
         selection = select(scores, **selection_rule(self.recipe).rule())
         # Where each process has counted for itself, last bits may differ on GPUs.
         selection, scores = processes.gathered((selection, scores), "select")[0]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from esft import processes
 from esft.errors import ModelError
 from esft.loading import load_model
 from esft.progress import SILENT, Reporter
 from esft.quantising.checkpoint import load_quantised
-from esft.quantising.stored import stored_weights
+from esft.quantising.stored import StoredWeight, stored_weights
 from esft.recipe_sections import Recipe
 from esft.report import numerals
 
@@ -70,6 +72,8 @@ class BaseModel:
                     self._folder, device=self._device, dtype=self._recipe.dtype
                 )
             except ModelError as error:
+                if processes.count() > 1:  # the others may be streaming on
+                    raise
                 self._reporter.note(f"{error}; all weights are loaded to profile this model")
         return sampler.profile(self.exact(), self._folder)
 
@@ -98,6 +102,16 @@ class BaseModel:
             whole = sum(weight.whole_nbytes for weight in weights)
             sizes = f"{numerals.size(whole)} of frozen weights take {numerals.size(small)}"
             self._reporter.note(f"frozen_dtype: {sizes}")
+            # Alike in all processes from the start; else they are sent around before each step.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model,
+                [
+                    f"{path}.{name}"
+                    for path, module in model.named_modules()
+                    if isinstance(module, StoredWeight)
+                    for name, _ in module.named_buffers()
+                ],
+            )
 
     def _check_once(self, model: Any) -> None:
         if not self._checked:
