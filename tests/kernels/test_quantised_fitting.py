@@ -110,6 +110,22 @@ def test_quantising_what_was_quantised_changes_nothing(kind, data):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("kind", "hundredths"),
+    [
+        ("int3", [1, -2, -3, 0, -1, 0, 0, 0, 0, -2, -2, 0, 0, 3, -2, 1]),
+        ("int4", [6, 0, 0, 4, 5, 7, 1, 2, 1, 1, 7, 4, 5, -3, -1, -7]),
+        ("int4", [2, 0, 3, -1, 0, -3, -1, -3, 2, 0, 0, -1, 0, 0, 0, -1]),
+    ],
+)
+def test_blocks_whose_best_codes_leave_an_end_unused(kind, hundredths):
+    """Their dequantised range is narrower than the codes': the search would find other codes."""
+    once = quantise(torch.tensor([hundredths]) * 0.01, kind, 16)
+    twice = quantise(once.dequantise(), kind, 16)
+    assert torch.equal(once.codes, twice.codes)
+    assert torch.equal(once.dequantise(), twice.dequantise())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", [0.0, 1.0, -0.5, 1e-38, 1e-44, 3e38, -3.4e38])
 def test_equal_weights(kind, number):
