@@ -19,7 +19,13 @@ from transformers.trainer_callback import ExportableState
 from esft.changes import check_changes, check_start, trained_changes
 from esft.delta import write_delta
 from esft.errors import CheckError, ModelError, RecipeError
-from esft.experts import attached_layers, attached_parts, attached_selection, part_parameters
+from esft.experts import (
+    attached_layers,
+    attached_parts,
+    attached_selection,
+    is_shared,
+    part_parameters,
+)
 from esft.files import new_folder, refuse_existing, write_text
 from esft.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from esft.loading import refuse_quantised
@@ -134,6 +140,12 @@ class SaveDelta(TrainerCallback, ExportableState):
             raise ModelError(
                 "PEFT wraps this model and has frozen the selected experts; leave out peft_config, "
                 "or train the adapter without a selection"
+            )
+        if is_shared(model):
+            raise ModelError(
+                "processes share this model's experts (DistributedConfig), and the Trainer clips "
+                "gradients by the norm of its own process's; train in a loop of your own with "
+                "esft.gradients.clip_gradients and esft.saving.save_delta (docs/scaling.md)"
             )
         _check_trainable(model)
         _warn_of_balance_loss(args, model)

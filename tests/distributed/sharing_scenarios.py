@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from esft.changes import Changed, trained_changes
 from esft.data.example import Example
+from esft.delta_callback import SaveDelta
 from esft.errors import EsftError
 from esft.experts import attach, attached_layers, detach
 from esft.fingerprint import fingerprint
@@ -88,10 +89,17 @@ def refused(folder: Path) -> Any:
             attach(_load(base, config), Selection(SPREAD))
         except EsftError as error:
             said.append(str(error))
-    try:
-        add_low_rank(attach(_load(base, EP), Selection(SPREAD)), r=2, alpha=4.0)
-    except EsftError as error:
-        said.append(str(error))
+    shared = attach(_load(base, EP), Selection(SPREAD))
+    saving = SaveDelta(folder / "delta", base)
+    arguments = TrainingArguments(str(folder / "trainer"), use_cpu=True, report_to=[])
+    for refuse in (
+        lambda: saving.on_init_end(arguments, TrainerState(), TrainerControl(), model=shared),
+        lambda: add_low_rank(shared, r=2, alpha=4.0),
+    ):
+        try:
+            refuse()
+        except EsftError as error:
+            said.append(str(error))
     return said
 
 

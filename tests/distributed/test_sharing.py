@@ -89,8 +89,9 @@ def test_a_model_is_saved_whole_while_a_selection_is_attached(launch: Launch) ->
 
 
 def test_what_cannot_be_shared_is_refused(launch: Launch) -> None:
-    fsdp, with_experts, low_rank = launch.results("refused")[0]
+    fsdp, with_experts, trainer, low_rank = launch.results("refused")[0]
     for said in (fsdp, with_experts):
         assert "sharded by FSDP" in said
         assert "DistributedConfig(tp_size=N, ep_size=N)" in said
+    assert "esft.gradients.clip_gradients" in trainer
     assert "low-rank" in low_rank
