@@ -21,12 +21,17 @@ _ORDERS = ("random", "sequential")
 
 
 def check_launch() -> None:
-    """Refuse a launcher whose processes could not find each other.
+    """Refuse a launcher whose processes could not find each other, or that asks for DeepSpeed.
 
     Raises:
         EsftError: one of several processes was started without torchrun's variables; each would
-            train the whole run by itself.
+            train the whole run by itself. Or accelerate is configured for DeepSpeed.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        raise EsftError(
+            "ACCELERATE_USE_DEEPSPEED: accelerate is configured for DeepSpeed, from whose buffers "
+            "no delta is written; launch without it, and set training.fsdp, which shards as much"
+        )
     for name in _SIZES:
         given = os.environ.get(name, "")
         if given.isdecimal() and int(given) > 1 and processes.count() == 1:
@@ -105,7 +110,8 @@ def explain_loss() -> Iterator[None]:
         raise LostProcessError(
             f"process {processes.rank()} of {processes.count()}: another process ended, or did not "
             f"answer within {processes.timeout().total_seconds():,g} s ({processes.TIMEOUT}), "
-            f"while they train; what it said itself tells why"
+            f"while they train; what it said itself tells why, and if it said nothing it was "
+            f"killed, as by a lack of memory"
         ) from error
 
 
