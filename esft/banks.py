@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from esft_kernels.bank import frozen_ids, slot_map
@@ -188,6 +188,40 @@ class AttachedExperts(TrainedExperts):
     def _rows(self, name: str) -> int:
         """Return how many experts' slices of a stack are here."""
         return self.bank(name).shape[0] + self.rest(name).shape[0]
+
+
+class _Touched(torch.autograd.Function):
+    """Passes a tensor on as it is, and gives weights a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *weights: Tensor) -> Tensor:
+        ctx.empty = [weight.new_empty(0) for weight in weights]
+        ctx.shapes = [weight.shape for weight in weights]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        pairs = zip(ctx.empty, ctx.shapes, strict=True)
+        return grad, *(empty.new_zeros(shape) for empty, shape in pairs)
+
+
+def touched(banks: TrainedExperts, output: Any) -> Any:
+    """Return what a layer's experts returned, with every trained weight behind it.
+
+    A family's own code leaves out the experts that no token chose. Where it left out all that
+    train, a loss may have nothing to train at all; and of several processes one that has no
+    gradient for a layer would keep the others waiting.
+
+    Args:
+        banks: of the layer.
+        output: a tensor, or a tuple that begins with one.
+    """
+    weights = [weight for weight in banks.parameters() if weight.requires_grad]
+    if not weights or not torch.is_grad_enabled():
+        return output
+    if isinstance(output, tuple):
+        return _Touched.apply(output[0], *weights), *output[1:]
+    return _Touched.apply(output, *weights)
 
 
 class ExpertStack:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esft.banks import TrainedExperts
+from esft.banks import TrainedExperts, touched
 from esft.errors import ModelError
 from esft.layouts.layout import Layout, Seen, beside, is_a, parent
 
@@ -101,7 +101,7 @@ class ModulesLayout(Layout):
         self.block.esft = banks
         banks.hooks = [
             self.block.register_forward_pre_hook(_take),
-            self.block.register_forward_hook(_release),
+            self.block.register_forward_hook(_give_back),
             self.block.register_state_dict_post_hook(_show_experts),
         ]
         _release(self.block)
@@ -203,7 +203,7 @@ def _take(block: Any, *_: object) -> None:
             setattr(owner, own, weight.to(banks.dtypes[name]))
 
 
-def _release(block: Any, *_: object) -> None:
+def _release(block: Any) -> None:
     """Leave each selected expert its weights without the graph of the last forward pass."""
     banks = block.esft
     for name in banks.names:
@@ -211,6 +211,11 @@ def _release(block: Any, *_: object) -> None:
         for expert, weight in zip(_selected(block), slices, strict=True):
             owner, own = _owner(expert, name)
             setattr(owner, own, weight)
+
+
+def _give_back(block: Any, _args: object, output: Any) -> Any:
+    _release(block)
+    return touched(block.esft, output)
 
 
 def _final(block: Any) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esft.banks import AttachedExperts, ExpertStack, Split
+from esft.banks import AttachedExperts, ExpertStack, Split, touched
 from esft.layouts.layout import (
     Layout,
     Seen,
@@ -203,6 +203,7 @@ def _refresh(experts: nn.Module, *_: object) -> None:
         stack.refresh()
 
 
-def _release(experts: nn.Module, *_: object) -> None:
+def _release(experts: Any, _args: object, output: Any) -> Any:
     for stack in _expert_stacks(experts):
         stack.release()
+    return touched(experts.esft, output)
