@@ -43,6 +43,7 @@ from esft.locating import resolve
 from esft.offload import opening
 from esft.offload.cache import ExpertCache
 from esft.offload.opening import expert_names
+from esft.offload.stores import KINDS
 from esft.offload.weights import Weights
 from esft.weight_source import WeightSource
 
@@ -272,16 +273,19 @@ def ablation(
 
 
 def perplexities() -> Iterator[dict[str, Any]]:
-    """Yield a row for each number of bits: tiny-moe on its held-out text."""
+    """Yield a row for each kind of storage: tiny-moe on its held-out text."""
     heldout = resolve("tiny-moe") / "heldout"
     first = min(heldout.glob("*.jsonl"))
-    for bits in (16, 8, 4, 3, 2):
+    for bits, kind in ((16, None), (8, "int8"), (4, "int4"), (4, "nf4"), (3, "int3"), (2, "int2")):
+        if kind is not None:
+            KINDS[bits] = kind
         memory = esft.ExpertMemory("1GB", bits=bits)
         found = esft.evaluate("tiny-moe", first, general=heldout, expert_memory=memory)
         assert found.general_loss is not None
         yield {
             "model": "tiny-moe",
             "bits": bits,
+            "kind": kind,
             "loss": found.general_loss,
             "perplexity": math.exp(found.general_loss),
             "store_bytes": memory.figures.store_bytes,

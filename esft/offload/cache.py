@@ -132,6 +132,7 @@ class ExpertCache:
         """End the thread and let go of all experts."""
         self._loader.close()
         self._staged.clear()
+        self._unwanted.clear()
         self._pinned.clear()
         for kept in self._kept:
             kept.clear()
