@@ -69,7 +69,8 @@ class StateFile:
                 done += os.pwrite(self._file.fileno(), values[done:], place + done)
         except OSError as error:
             raise self._refused(error, len(values)) from error
-        self.written = place + len(values)
+        if values:
+            self.written = place + len(values)
         self.size = -(-self.written // _ALIGN) * _ALIGN
         return place
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esft.streaming.state_file import StateFile
 
+_SUMMED = 1 << 20  # numbers at a time: they are widened for it
 # A tensor's shape, dtype and sum of bits, as in JSON.
 Digest = list[object]
 
@@ -140,11 +141,19 @@ class Shared:
 
 def digest(tensor: Tensor) -> Digest:
     """Return a tensor's shape, dtype and the sum of its bits, which other values hardly share."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    once = tensor.detach()
+    for dim, step in enumerate(tensor.stride()):
+        if not step and once.shape[dim]:  # the same again and again, as in a mask for all heads
+            once = once.narrow(dim, 0, 1)
+    flat = once.contiguous().view(-1).view(torch.uint8)
     whole = flat.numel() // 4 * 4
     words = flat[:whole] if flat.storage_offset() % 4 == 0 else flat[:whole].clone()
-    total = words.view(torch.int32).sum(dtype=torch.int64) + flat[whole:].sum(dtype=torch.int64)
-    return [list(tensor.shape), str(tensor.dtype), int(total)]
+    parts = [*words.view(torch.int32).split(_SUMMED), flat[whole:]]
+    return [
+        list(tensor.shape),
+        str(tensor.dtype),
+        sum(int(p.sum(dtype=torch.int64)) for p in parts),
+    ]
 
 
 def _digest(view: Tensor, old: _Held | None) -> Digest:
