@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from esft import processes
 from esft.comparison.gathering import failure_file, log_file, record
 from esft.comparison.learning_rates import choose_learning_rate
 from esft.comparison.pool import Pool
@@ -29,6 +30,7 @@ from esft.run import lock
 from esft.run.folder import CHECKPOINTS, DELTA, RECIPE, RESULT
 from esft.run.guard import differences, recipe_identity
 from esft.run.interruption import Interrupted, interruptible
+from esft.run.processes import once
 from esft.run.task_data import data_identity, general_identity
 
 COMPARE, BASE, INPUTS = "compare.yaml", "base", "inputs.json"
@@ -64,6 +66,13 @@ def compare(
     """
     if jobs < 1:
         raise EsftError(f"--jobs {jobs}: expected at least 1")
+    if processes.count() > 1:
+        raise once(
+            EsftError(
+                "esft compare starts its runs in processes of its own, one a GPU; start it by "
+                "itself, without a launcher"
+            )
+        )
     if not isinstance(recipe, CompareRecipe):
         recipe = as_compare_recipe(recipe)
     out = Path(out)

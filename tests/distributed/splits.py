@@ -33,6 +33,7 @@ SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"batch": 4, "method": "full", "learning_rate": 1e-3},
     ),
     "lora": ({"batch": 2, "method": "lora"}, {"batch": 4, "method": "lora"}),
+    "rounded": ({"batch": 2, "frozen_dtype": "int8"}, {"batch": 4, "frozen_dtype": "int8"}),
     "hot-lora": ({"batch": 2, "method": "hot-lora"}, {"batch": 4, "method": "hot-lora"}),
 }
 

@@ -11,6 +11,7 @@ import pytest
 
 import esft
 from tests.checkpoints import save_tiny
+from tests.distributed import apart
 from tests.distributed.launcher import Launch, run_scenarios, told
 from tests.distributed.splits import EPOCHS_END, SPLITS, curve, split
 from tests.resumed_runs import STEPS, cut_back, write_rows
@@ -26,6 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = write_rows(folder / "train.jsonl").read_text().splitlines()
     weighted = [json.loads(row) | {"weight": 0.5 + n % 3} for n, row in enumerate(rows)]
     (folder / "weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighted))
+    for family in apart.FAMILIES:
+        (folder / family).mkdir()
+        apart.make(folder / family, family)
     return folder
 
 
@@ -60,6 +64,21 @@ def test_two_processes_have_the_curve_of_one(
             "steps": STEPS,
             "loss": pytest.approx(alone.train_loss, abs=NEAR),
         }
+
+
+@pytest.mark.parametrize("family", apart.FAMILIES)
+@pytest.mark.parametrize("kind", apart.KINDS)
+def test_experts_that_only_one_process_sees(
+    folder: Path, launch: Launch, tmp_path: Path, family: str, kind: str
+) -> None:
+    """Nobody waits for a gradient that the other does not have, and all of them count."""
+    alone = esft.train(apart.recipe(folder / family, kind, batch=2), tmp_path / "run")
+    assert alone.moved is not None
+    assert alone.moved.share > 0.5, "they are seen by somebody"
+    run = folder / "experts_that_only_one_sees" / f"{family}-{kind}"
+    expected = curve(tmp_path / "run")
+    assert len(set(expected)) == len(expected) == 6
+    assert curve(run) == pytest.approx(expected, abs=NEAR)
 
 
 def test_tokens_are_those_of_all_processes(folder: Path, launch: Launch, whole: Path) -> None:

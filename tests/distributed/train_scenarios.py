@@ -18,6 +18,7 @@ from esft import processes
 from esft.errors import EsftError
 from esft.progress import Task
 from esft.run.checkpoint import complete
+from tests.distributed import apart
 from tests.distributed.splits import SPLITS, split
 from tests.resumed_runs import cut_back, delta_bytes, logged
 
@@ -29,6 +30,13 @@ def the_same_curves(folder: Path) -> dict[str, Any]:
         result = esft.train(split(folder.parent, options), run)
         found[name] = {"steps": result.steps, "loss": result.train_loss}
     return found
+
+
+def experts_that_only_one_sees(folder: Path) -> None:
+    for family in apart.FAMILIES:
+        for kind in apart.KINDS:
+            wanted = apart.recipe(folder.parent / family, kind, batch=1)
+            esft.train(wanted, folder / f"{family}-{kind}")
 
 
 def resumes_to_the_same_bits(folder: Path) -> dict[str, Any]:
