@@ -30,7 +30,7 @@ from esft.shards import open_checkpoint
 
 EP = {"tp_size": 2, "ep_size": 2}
 TP = {"tp_size": 2}
-SPREAD = {1: [1, 6], 2: [7, 5]}  # of 8 experts; each process holds four
+SPREAD = {1: [6, 1], 2: [7, 5]}  # of 8 experts; each process holds four
 ONE_SIDED = {1: [0, 3], 2: [2, 1]}  # none of them is the second process's
 STEPS = 5
 
