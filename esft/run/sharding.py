@@ -38,6 +38,11 @@ _CONFIG = (
 )
 
 
+# Whose state is made of the parameters that they step, when they first step them. Adagrad makes it
+# before the model is sharded, Adafactor calculates with parts of it that are not.
+_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "rmsprop")
+
+
 def asked_for(arguments: TrainingArguments) -> bool:
     """Whether the recipe, or `accelerate launch`, asks for FSDP."""
     return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -81,9 +86,11 @@ def check_sharding(recipe: Recipe, arguments: TrainingArguments) -> None:
             "frozen_dtype: FSDP shards parameters, and these are stored otherwise: every process "
             "would keep all of them; leave out frozen_dtype, or FSDP"
         )
-    if recipe.method == "lora":
+    optimizer = str(recipe.training.get("optim") or _OPTIMIZERS[0])
+    if optimizer not in _OPTIMIZERS:
         raise RecipeError(
-            "method: lora: PEFT's adapters of stacked experts do not go with FSDP; use hot-lora"
+            f"training.optim: {optimizer} does not go with FSDP: its state is not sharded as "
+            f"parameters are; use one of {', '.join(_OPTIMIZERS)}"
         )
 
 

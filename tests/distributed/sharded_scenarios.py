@@ -28,9 +28,12 @@ SHARDED: dict[str, dict[str, Any]] = {
     "bfloat16": {"batch": 2, "dtype": "bfloat16"},
     "full": {"batch": 2, "method": "full", "learning_rate": 1e-3},
     "hot-lora": {"batch": 2, "method": "hot-lora"},
+    "lora": {"batch": 2, "method": "lora"},
+    "sgd": {"batch": 2, "optim": "sgd"},
+    "rmsprop": {"batch": 2, "optim": "rmsprop", "learning_rate": 1e-3},
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "lora": {"batch": 2, "method": "lora"},
+    "adafactor": {"batch": 2, "optim": "adafactor"},
     "quantised": {"batch": 2, "frozen_dtype": "int8"},
 }
 

@@ -100,7 +100,7 @@ def test_one_process_goes_on_with_what_sharded_ones_saved(launch: Launch, tmp_pa
 
 def test_what_does_not_go_with_it_is_refused_with_the_reason(launch: Launch) -> None:
     for found in launch.results("refusals"):
-        assert "use hot-lora" in found["lora"]
+        assert "its state is not sharded as parameters are" in found["adafactor"]
         assert "every process would keep all of them" in found["quantised"]
 
 
