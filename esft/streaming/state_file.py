@@ -65,8 +65,9 @@ class StateFile:
         values = memoryview(_bytes(storage).cpu().numpy().data)
         done = 0
         try:
+            self._file.seek(place)
             while done < len(values):
-                done += os.pwrite(self._file.fileno(), values[done:], place + done)
+                done += self._file.write(values[done:])
         except OSError as error:
             raise self._refused(error, len(values)) from error
         if values:
