@@ -17,6 +17,7 @@ from esft_kernels.grouped_mm import grouped_linear
 from esft_kernels.quantised import Quantised, decoding
 from esft_kernels.segments import Segment, Segments
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from esft import low_rank
@@ -47,6 +48,9 @@ def known(share: float, device: str = "cpu") -> Iterator[None]:
         (low_rank, "layer_parts", _for_real(low_rank.layer_parts)),
         (low_rank, "_spot", _for_real(low_rank._spot)),
     ]
+    if device != _PLANNED:
+        attention = _fused(F.scaled_dot_product_attention)
+        replaced.append((F, "scaled_dot_product_attention", attention))
     usual = [(place, name, getattr(place, name)) for place, name, _ in replaced]
     try:
         for place, name, value in replaced:
@@ -108,6 +112,21 @@ def _dequantise(
     assert scale is not None
     decoding.decode(codes, scale, offset, self.form, self.block, out.view(-1, self.columns)[rows])
     return out
+
+
+def _fused(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let attention whose values are narrower than its keys (MLA) be fused, as it is on a GPU.
+
+    A CPU's kernel takes both alike only, and where they differ all scores are computed at a time.
+    """
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        width = value.shape[-1]
+        if (missing := query.shape[-1] - width) > 0:
+            value = F.pad(value, (0, missing))
+        return attention(query, key, value, *args, **options)[..., :width]
+
+    return run
 
 
 def _for_real(function: Callable[..., Any]) -> Callable[..., Any]:

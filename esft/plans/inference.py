@@ -97,15 +97,18 @@ class Texts:
     asked: int
 
 
-def rehearse_inference(config: Any, dtype: torch.dtype, texts: Texts) -> Inference:
+def rehearse_inference(
+    config: Any, dtype: torch.dtype, texts: Texts, device: str = "cpu"
+) -> Inference:
     """Have a model without content read and answer.
 
     Args:
         config: of the model.
         dtype: that weights are loaded in.
         texts: what it is given.
+        device: `cpu` or `cuda`, which it is to be on.
     """
-    with pretending() as tracker, known(0.0):
+    with pretending() as tracker, known(0.0, device):
         model = fake_model(config, dtype, tracker).requires_grad_(False).eval()
         weights, layers = tracker.live, moe_layers(model)
         obstacle = profiling = evaluation = generation = cache = None

@@ -158,7 +158,7 @@ class Planner:
             scored=(max(1, SCORED // length), length),
             asked=length,
         )
-        return rehearse_inference(self.skeleton.config, self.dtype, texts)
+        return rehearse_inference(self.skeleton.config, self.dtype, texts, self.device)
 
     def whole(self, case: Case) -> Whole:
         """Return what several processes would share."""
