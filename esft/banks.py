@@ -200,7 +200,7 @@ class _Touched(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         pairs = zip(ctx.empty, ctx.shapes, strict=True)
         return grad, *(empty.new_zeros(shape) for empty, shape in pairs)
 
