@@ -128,7 +128,7 @@ class Shared:
             the addresses of storages that are other batches'.
         """
         borrowed = set()
-        for tensor in tensors[1:]:
+        for tensor in tensors:
             if not tensor.numel() or _address(tensor) == _address(tensors[0]):
                 continue
             key = f"{digest(tensor)} {tensor.stride()} {tensor.storage_offset()}"
