@@ -18,14 +18,25 @@ from tests.resumed_runs import STEPS, cut_back, write_rows
 
 SCENARIOS = "tests.distributed.train_scenarios"
 NEAR = 1e-5
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def _messages(row: dict[str, str], weight: float) -> dict[str, Any]:
+    """The same row as a conversation whose answer has a weight."""
+    asked = {"role": "user", "content": row["prompt"]}
+    answer = {"role": "assistant", "content": row["completion"], "weight": weight}
+    return {"messages": [asked, answer]}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    save_tiny(folder / "tiny", "qwen3_moe")
+    save_tiny(folder / "tiny", "qwen3_moe", template=TEMPLATE)
     rows = write_rows(folder / "train.jsonl").read_text().splitlines()
-    weighted = [json.loads(row) | {"weight": 0.5 + n % 3} for n, row in enumerate(rows)]
+    weighted = [_messages(json.loads(row), 0.5 + n % 3) for n, row in enumerate(rows)]
     (folder / "weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighted))
     for family in apart.FAMILIES:
         (folder / family).mkdir()
@@ -79,6 +90,11 @@ def test_experts_that_only_one_process_sees(
     expected = curve(tmp_path / "run")
     assert len(set(expected)) == len(expected) == 6
     assert curve(run) == pytest.approx(expected, abs=NEAR)
+
+
+def test_the_weights_of_rows_count(folder: Path, launch: Launch) -> None:
+    curves = [curve(folder / "the_same_curves" / name) for name in ("weighted", "plain")]
+    assert curves[0] != pytest.approx(curves[1], abs=1e-2)
 
 
 def test_tokens_are_those_of_all_processes(folder: Path, launch: Launch, whole: Path) -> None:
