@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ def add_masters(
         parameter: Any = modules[path]._parameters[own]
         if parameter not in narrow and parameter.dtype.itemsize < dtype.itemsize:
             narrow[parameter] = parameter.dtype
-            parameter.data, parameter.grad = parameter.data.to(dtype), None
+            _become(parameter, dtype)
         if parameter in narrow:
             owned.setdefault(modules[path], {})[own] = narrow[parameter]
     for module, dtypes in owned.items():
@@ -78,10 +79,20 @@ def remove_masters(model: PreTrainedModel, handle: RemovableHandle) -> None:
             del module.esft_dtype
         for own, dtype in getattr(module, "esft_computes_in", {}).items():
             parameter: Any = module._parameters[own]
-            parameter.data, parameter.grad = parameter.data.to(dtype), None
+            _become(parameter, dtype)
         if "esft_computes_in" in vars(module):
             module.__class__ = _before(module)
             del module.esft_computes_in
+
+
+def _become(parameter: Any, dtype: torch.dtype) -> None:
+    """Give a parameter another dtype: the same object, without a gradient."""
+    parameter.grad = None
+    if isinstance(parameter, DTensor):  # its `data` is not all that it is made of
+        other = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, other)
+    else:
+        parameter.data = parameter.data.to(dtype)
 
 
 # Modules are told from others by their class's name, in transformers and here: the classes below

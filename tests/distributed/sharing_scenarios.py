@@ -73,6 +73,12 @@ def clipped_with_all_that_trains(folder: Path) -> Any:
     return _compare(folder, "glm4_moe", EP, SPREAD, max_norm=0.05, **parts)
 
 
+def half_precision(folder: Path) -> Any:
+    """Weights in bf16, of which what trains does so in fp32: also what is sliced."""
+    parts = {"shared_experts": True, "router": True, "non_expert_modules": True}
+    return _compare(folder, "glm4_moe", EP, SPREAD, dtype=torch.bfloat16, **parts)
+
+
 def attached_and_saved_whole(folder: Path) -> Any:
     """`save_pretrained` of a model with a selection attached: nothing of it is missing."""
     base = folder.parent / "qwen3_moe"
@@ -111,13 +117,14 @@ def _compare(
     *,
     length: int = 12,
     max_norm: float | None = None,
+    dtype: torch.dtype = torch.float32,
     **parts: bool,
 ) -> Any:
     """Profile, train and save a model twice: in the first process alone, then in both together."""
     base, selection = folder.parent / family, Selection(experts)
     found: dict[str, Any] = {}
-    alone = _Run(_load(base)) if dist.get_rank() == 0 else None
-    shared = _Run(_load(base, config))
+    alone = _Run(_load(base, dtype=dtype)) if dist.get_rank() == 0 else None
+    shared = _Run(_load(base, config, dtype))
     shared.start(selection, parts, base)
     shared.train(length, max_norm)
     save_delta(shared.model, folder / "delta", base)
@@ -136,7 +143,7 @@ def _compare(
             "names": [sorted(change.name for change in changes), sorted(saved)],
             "starts": [run.starts for run in (alone, shared)],
             "weights": max(_far(change.value, saved[change.name]) for change in changes),
-            "merged": _equal(folder / "detached", folder / "merged"),
+            "merged": _equal(folder / "detached", folder / "merged", dtype),
             "files": sorted(file.name for file in (folder / "delta").iterdir()),
         }
     return {**found, "held": shared.held, "losses_here": shared.losses, "norms_here": shared.norms}
@@ -178,9 +185,11 @@ class _Run:
             self.losses.append(float(loss.detach()))
 
 
-def _load(base: Path, config: dict[str, Any] | None = None) -> Any:
+def _load(
+    base: Path, config: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
     options = {} if config is None else {"distributed_config": DistributedConfig(**config)}
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options).eval()
 
 
 def _batches(length: int) -> list[Tensor]:
@@ -200,7 +209,8 @@ def _digest(changes: list[Changed]) -> str:
     return digest.hexdigest()
 
 
-def _equal(one: Path, other: Path) -> bool:
+def _equal(one: Path, other: Path, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether two checkpoints have the same tensors, loaded in a dtype."""
     first, second = (
         {
             name: tensor
@@ -209,4 +219,6 @@ def _equal(one: Path, other: Path) -> bool:
         }
         for folder in (one, other)
     )
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[n].to(dtype), second[n].to(dtype)) for n in first
+    )

@@ -84,6 +84,14 @@ def test_gradients_are_clipped_by_their_norm_over_all_processes(launch: Launch) 
     assert shared == second["norms_here"]
 
 
+def test_what_trains_in_fp32_may_be_sliced_and_compute_in_bf16(launch: Launch) -> None:
+    found = launch.results("half_precision")[0]
+    assert found["starts"][0] == found["starts"][1]
+    assert found["merged"]
+    alone, shared = found["losses"]
+    assert shared == pytest.approx(alone, rel=0.02)  # bf16 rounds to 1 part in 256
+
+
 def test_a_model_is_saved_whole_while_a_selection_is_attached(launch: Launch) -> None:
     assert launch.results("attached_and_saved_whole")[0]
 
