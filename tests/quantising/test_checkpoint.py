@@ -160,8 +160,9 @@ def test_gates_of_shared_experts_and_routers_stay_exact() -> None:
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and name not in kinds
     ]
-    assert left
-    assert all(name.endswith((".gate.weight", "shared_expert_gate.weight")) for name in left)
+    exact = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
+    assert {end for end in exact for name in left if name.endswith(end)} == set(exact)
+    assert all(name.endswith(exact) for name in left)
 
 
 def test_tied_embeddings_are_one_stored_weight(tmp_path: Path) -> None:
