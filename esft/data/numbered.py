@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -38,6 +38,10 @@ class Numbered(Dataset[dict[str, Any]]):
         item = self._train_set[0]
         unlearnt: dict[str, Any] = {"labels": [IGNORED] * len(item["labels"]), ITEMS: index}
         return item | unlearnt
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Iterating by index would never end: there is an item at each.
+        return (self[index] for index in range(len(self)))
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch, with the indices of its items at `ITEMS`, which no model takes.

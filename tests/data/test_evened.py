@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def test_the_shares_of_a_step_are_the_rows_of_one_process(
     ]
     rows, each = list(range(items)), batch * processes
     assert steps == [rows[start : start + each] for start in range(0, items, each)]
+
+
+def test_iterating_a_train_set_ends_after_its_rows() -> None:
+    """transformers measures the rows of `group_by_length` so."""
+    row = {"input_ids": [5, 6], "labels": [5, 6]}
+    train_set = TrainSet([row] * 3, [["a:1"], ["a:2"], ["a:3"]], packed=False, tokens=6)
+    numbered = Numbered(train_set, functools.partial(collate, pad_id=0))
+    assert [item[ITEMS] for item in itertools.islice(numbered, 9)] == [0, 1, 2]
 
 
 def test_what_fills_up_has_no_labels_and_no_index() -> None:
