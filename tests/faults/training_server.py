@@ -142,6 +142,9 @@ class Process:
         for stream in (1, 2):
             os.dup2(output, stream)
         os.environ.update(request.get("environment", {}))
+        # PyTorch's pool of threads did not come along; several threads that ask for a new one at
+        # the same time, as those that load a model do, may find none.
+        torch.set_num_threads(1)
         for where in request["stops"]:
             number = where.pop("errno", None)
             if "file" in where:

@@ -65,8 +65,9 @@ def _values(codes: Tensor, kind: Kind) -> Tensor:
 
 def _pairs(kind: Kind) -> Tensor:
     """Return both values of each byte's two codes, as one number of 64 bits: `[256]`."""
-    book = torch.tensor(kind.codebook or range(16), dtype=torch.float32)
-    return book[codes_of_bytes(4).long()].view(torch.int64)[:, 0]
+    book = kind.codebook or range(16)
+    values = [[book[code] for code in codes] for codes in codes_of_bytes(4).tolist()]
+    return torch.tensor(values, dtype=torch.float32).view(torch.int64)[:, 0]
 
 
 _PAIRS = {kind.name: _pairs(kind) for kind in KINDS.values() if kind.bits == 4}

@@ -66,9 +66,9 @@ def look_up(table: Tensor, packed: Tensor) -> Tensor:
 
 def codes_of_bytes(bits: int) -> Tensor:
     """Return the codes that each byte holds: `[256, 8 / bits]` int8."""
-    shifts = torch.arange(8 - bits, -1, -bits)
-    codes = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
-    return codes.to(torch.int8)
+    shifts, top = range(8 - bits, -1, -bits), 2**bits - 1
+    codes = [[byte >> shift & top for shift in shifts] for byte in range(256)]
+    return torch.tensor(codes, dtype=torch.int8)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -84,7 +84,8 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 # All codes of a byte as one number. Made when imported, not when first needed: that may be while
-# PyTorch pretends.
+# PyTorch pretends. And made of Python's numbers: a computation would start PyTorch's pool of
+# threads, which a process that is forked after the imports would have to replace.
 _TABLES = {
     bits: codes_of_bytes(bits).view(whole)[:, 0]
     for bits, whole in ((4, torch.int16), (2, torch.int32), (1, torch.int64))
