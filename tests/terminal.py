@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
+import torch
 from esft_cli import main
 from transformers.utils.logging import disable_progress_bar
 
@@ -123,6 +124,8 @@ def _be_the_command(
 
 def _code_of_run() -> int:
     signal.alarm(60)  # rather than wait for ever on a lock that the fork copied
+    # A pool of threads does not live on in a fork, either; here one thread asks for a new one.
+    torch.set_num_threads(torch.get_num_threads())
     # The command says so by a variable, before this module is imported.
     disable_progress_bar()
     try:
