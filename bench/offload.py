@@ -42,7 +42,6 @@ from esft.loading import DTYPES
 from esft.locating import resolve
 from esft.offload import opening
 from esft.offload.cache import ExpertCache
-from esft.offload.opening import expert_names
 from esft.offload.stores import KINDS
 from esft.offload.weights import Weights
 from esft.weight_source import WeightSource
@@ -237,7 +236,7 @@ def ablation(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each way of running one model."""
     source = WeightSource.open(folder, dtype)
-    total = sum(source.shape(n).numel() for n in expert_names(source)) * dtype.itemsize
+    total = sum(source.shape(n).numel() for n in source.expert_names) * dtype.itemsize
     ids, spill = text_of(name), scratch / "accelerate"
     with ways(folder, dtype, total // SHARE, spill) as found:
         for way in found:

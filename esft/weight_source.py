@@ -108,6 +108,16 @@ class WeightSource:
                     module._buffers[name] = buffer.to("meta")
         return cls(folder, model.eval().requires_grad_(False), checkpoint)
 
+    @property
+    def expert_names(self) -> set[str]:
+        """Names of all weights of routed experts."""
+        return {
+            name
+            for layer in self.layers
+            for weight in layer.layout.shapes()
+            for name in layer.layout.tensor_names(weight)
+        }
+
     def under(self, path: str) -> tuple[str, ...]:
         """Return the names of what is in a module, such as `model.layers.3`."""
         return tuple(name for name in self.names if name.startswith(f"{path}."))
@@ -186,6 +196,13 @@ class WeightSource:
         """Read tensors and let the model have them, on the CPU. See `read`."""
         for name in names:
             self.put(self.read([name]))
+
+    def move_buffers(self, device: torch.device) -> None:
+        """Bring to a device the buffers that the model has, such as what no checkpoint stores."""
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
 
     def empty(self, names: Iterable[str]) -> None:
         """Take these tensors from the model again: they are on the meta device, as at the start."""

@@ -90,7 +90,7 @@ def open_offloaded(
     store: ExpertStore = QuantisingStore(base, memory.bits) if memory.bits < 16 else base
     parts = _divide(memory, source, store, {})  # before anything long is done
     pinned: dict[Place, Weights] = {}
-    experts = expert_names(source)
+    experts = source.expert_names
     if delta is None:
         source.fill(name for name in source.names if name not in experts)
     else:
@@ -119,20 +119,10 @@ def close_offloaded(model: Any) -> None:
         del model.esft_offload
 
 
-def expert_names(source: WeightSource) -> set[str]:
-    """Return the names in the model of all weights of routed experts."""
-    return {
-        name
-        for layer in source.layers
-        for weight in layer.layout.shapes()
-        for name in layer.layout.tensor_names(weight)
-    }
-
-
 def stored_bytes(source: WeightSource, store: ExpertStore) -> int:
     """Return the bytes of all experts where they are stored."""
     if isinstance(store, CheckpointStore):
-        return source.stored_bytes(expert_names(source))
+        return source.stored_bytes(source.expert_names)
     return sum(layer.num_experts * weight_bytes(store.shape(layer)) for layer in source.layers)
 
 
@@ -195,10 +185,7 @@ def _move(source: WeightSource, device: torch.device) -> None:
     """Bring to a device all that is there. Not run so far: no GPU was to be had."""
     state = source.model.state_dict()
     source.put({name: state[name].to(device) for name in source.names if not state[name].is_meta})
-    for module in source.model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    source.move_buffers(device)
 
 
 def _told(source: WeightSource, store: ExpertStore, parts: Split, memory: ExpertMemory) -> str:

@@ -71,12 +71,7 @@ def load_quantised(
         for layer in source.layers:
             read = partial(_read_split, source, layer, kinds[EXPERTS], place)
             layer.layout.host.__dict__[UNREAD] = read
-    experts = {
-        name
-        for layer in source.layers
-        for weight in layer.layout.shapes()
-        for name in layer.layout.tensor_names(weight)
-    }
+    experts = source.expert_names
     for names in tied_names(source.model):
         if EXPERTS in kinds and names[0] in experts:
             continue
@@ -87,7 +82,7 @@ def load_quantised(
                 replace_weight(source.model, name.removesuffix(".weight"), weight)
         else:
             source.put({names[0]: value.to(place)})
-    _move_buffers(source, place)
+    source.move_buffers(place)
     setattr(source.model, LOADED_SO, dict(kinds))
     return source.model
 
@@ -152,11 +147,3 @@ def replace_weight(model: nn.Module, path: str, weight: Quantised) -> None:
         new = QuantisedLinear(weight, bias)
     owner, _, name = path.rpartition(".")
     setattr(model.get_submodule(owner), name, new.train(old.training))
-
-
-def _move_buffers(source: WeightSource, device: torch.device) -> None:
-    """Bring what no checkpoint stores (rotary frequencies) to the device."""
-    for module in source.model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)

@@ -44,10 +44,7 @@ class Weights:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Let the model's weights come when they are needed, while the block runs."""
-        for buffers in (module._buffers for module in self._source.model.modules()):
-            for name, buffer in buffers.items():
-                if buffer is not None and buffer.device.type != "meta":
-                    buffers[name] = buffer.to(self._device)
+        self._source.move_buffers(self._device)
         handles = []
         inside = {module for layer in self._layers for module in layer.module.modules()}
         for module in self._source.model.modules():
